@@ -1,0 +1,517 @@
+"""UniX: one model, two branches, one sequence (Sec. 3), and its weights on disk.
+
+    reading  [BOI image EOI] [BOS prompt EOS] [BOS report EOS]   und expert: ViT, connector, LM
+    drawing  [BOS caption EOS] [BOI latents EOI]                 gen expert: latents only
+
+Weights folders have the layout and tensor names of the released one: config.json,
+model.safetensors, tokenizer.json and an autoencoder (ours in vae/).
+
+Letters: b batch, l text tokens, m image tokens with markers, n latent tokens, d width, c channels.
+"""
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ar import Connector, LanguageModel, Tokenizer, ViT, decode, pick, report_loss
+from data import UserError, atomic
+from diffusion import (VAE, TimeEmbedder, path, position_ids, position_table, sample, to_uint8,
+                       velocity_loss)
+
+INSTRUCTION = "Review this X-ray and provide detailed FINDINGS."
+
+
+@dataclass
+class Config:
+    """Sizes. The defaults are the paper's (1.5B understanding, 3B in all)."""
+    vit_image: int = 384        # SigLIP-L/16 at 384 px
+    vit_patch: int = 16
+    vit_width: int = 1024
+    vit_mlp: int = 4096
+    vit_heads: int = 16
+    vit_layers: int = 24
+    vocab: int = 102400         # Janus-Pro's language model
+    layers: int = 24
+    width: int = 2048
+    heads: int = 16
+    kv_heads: int = 16
+    head_dim: int = 128
+    mlp: int = 5632
+    max_tokens: int = 2048      # text tokens of a caption or report
+    latent_side: int = 32       # latent position table is latent_side x latent_side
+    latent_channels: int = 16
+    share_layers: int = 0       # this many first layers have one expert for both branches
+    bos: int = 100000
+    eos: int = 100001
+    boi: int = 100003
+    eoi: int = 100580
+    resolution: int = 512       # pixels a side of generated images
+    vae: dict = field(default_factory=lambda: {"scale": 0.238092, "shift": -0.201906})
+
+
+PRESETS = {
+    "unix": Config(),
+    "tiny": Config(vit_image=96, vit_patch=12, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
+                   vocab=1024, layers=6, width=192, heads=6, kv_heads=6, head_dim=32, mlp=512,
+                   max_tokens=256, bos=0, eos=1, boi=2, eoi=3, resolution=128,
+                   vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [],
+                        "scale": 1.0, "shift": 0.0}),
+}
+
+
+class UniX(nn.Module):
+    """Both branches. `tokenizer` and `vae` may be None until one is given."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None, vae: VAE | None = None):
+        super().__init__()
+        c = self.config = config
+        self.tokenizer, self.vae = tokenizer, vae
+        self.vit = ViT(c.vit_image, c.vit_patch, c.vit_width, c.vit_mlp, c.vit_heads, c.vit_layers)
+        self.connector = Connector(c.vit_width, c.width)
+        self.lm = LanguageModel(c.vocab, c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.mlp,
+                                share=c.share_layers)
+        self.vae2llm = nn.Linear(c.latent_channels, c.width)
+        self.llm2vae = nn.Linear(c.width, c.latent_channels)
+        self.time_embedder = TimeEmbedder(c.width)
+        self.register_buffer("positions", position_table(c.latent_side, c.width))
+        for name, p in self.named_parameters():
+            if not name.startswith(("vit.", "vae.")) and p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        nn.init.zeros_(self.llm2vae.weight)         # so that the first velocity is 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.positions.device
+
+    def branch(self, name: str) -> dict[str, nn.Parameter]:
+        """Parameters of "understanding", "generation" or "vae" by name (Table 1). Layers that the
+        branches share belong to understanding."""
+        def where(key: str) -> str:
+            if key.startswith("vae."):
+                return "vae"
+            own = key.startswith(("vae2llm", "llm2vae", "time_embedder")) or "gen." in key
+            return "generation" if own else "understanding"
+        return {k: p for k, p in self.named_parameters() if where(k) == name}
+
+    def copy_tower(self):
+        """Sec. 3.3: the generation tower starts as a copy of the understanding tower."""
+        for layer in self.lm.tower.layers:
+            layer.gen.load_state_dict(layer.und.state_dict())
+        self.lm.tower.norm_gen.load_state_dict(self.lm.tower.norm.state_dict())
+
+    # ------------------------------------------------------------ sequences
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of a text without markers. Raises UserError: empty, longer than the context."""
+        if self.tokenizer is None:
+            raise UserError("the weights folder has no tokenizer.json; add one")
+        if not text.strip():
+            raise UserError("the text is empty; write what the film shows")
+        ids = self.tokenizer.encode(text)
+        if len(ids) > self.config.max_tokens - 2:
+            raise UserError(f"the text has {len(ids)} tokens and {self.config.max_tokens - 2} fit; "
+                            "shorten it")
+        return ids
+
+    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token lists -> (b, l) padded on the right, and the lengths (b,)."""
+        length = torch.tensor([len(r) for r in rows])
+        tokens = torch.full((len(rows), int(length.max())), self.config.eos)
+        for line, row in zip(tokens, rows):
+            line[:len(row)] = torch.tensor(row)
+        return tokens.to(self.device), length.to(self.device)
+
+    def wrap(self, ids: list[int]) -> list[int]:
+        return [self.config.bos, *ids, self.config.eos]
+
+    def marks(self, b: int) -> Tensor:
+        """Embedded begin- and end-of-image markers (b, 2, d)."""
+        pair = torch.tensor([self.config.boi, self.config.eoi], device=self.device)
+        return self.lm.embed_tokens(pair).expand(b, -1, -1)
+
+    def see(self, pixels: Tensor) -> Tensor:
+        """ViT pixels (b, 3, H, W) -> image block [BOI features EOI] (b, m, d)."""
+        begin, end = self.marks(len(pixels)).split(1, dim=1)
+        return torch.cat([begin, self.connector(self.vit(pixels)), end], dim=1)
+
+    def read(self, captions: list[list[int]]):
+        """Token lists of captions -> the Context that the latents attend to."""
+        return self.lm.read(*self.pad([self.wrap(c) for c in captions]))[1]
+
+    # ------------------------------------------------------------ understanding
+
+    def report_loss(self, pixels: Tensor, prompts: list, reports: list) -> tuple[Tensor, Tensor]:
+        """Eq. 1 for films (b, 3, H, W) and token lists -> summed loss, number of report tokens."""
+        tokens, length = self.pad([self.wrap(p) + self.wrap(r) for p, r in zip(prompts, reports)])
+        labels = torch.full_like(tokens, -100)
+        for line, p, r in zip(labels, prompts, reports):      # BOS and report predict report, EOS
+            line[len(p) + 2:len(p) + 3 + len(r)] = torch.tensor(r + [self.config.eos])
+        hidden, _ = self.lm.read(tokens, length, self.see(pixels))
+        return report_loss(hidden, self.lm.lm_head, labels)
+
+    @torch.no_grad()
+    def report(self, pixels: Tensor, prompt: str = INSTRUCTION, max_new: int = 500,
+               temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> list[str]:
+        """Writes the reports of films (b, 3, H, W): greedy, or sampled at a temperature > 0."""
+        rng = torch.Generator().manual_seed(seed)
+        tokens, length = self.pad([self.wrap(self.ids(prompt)) + [self.config.bos]] * len(pixels))
+        steps = decode(self.lm, tokens, length, self.see(pixels), self.config.eos, max_new,
+                       lambda logits: pick(logits, temperature, top_p, rng))
+        written = torch.stack([token for token, _ in steps], dim=1).tolist()
+        return [self.tokenizer.decode(ids[:ids.index(self.config.eos)] if self.config.eos in ids
+                                      else ids) for ids in written]
+
+    # ------------------------------------------------------------ generation
+
+    def velocity(self, x: Tensor, t: Tensor, context, places: Tensor, frozen=True, tap=0,
+                 keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """v_t of latent tokens x (b, n, c) at times t (b,), and the states after layer `tap`.
+
+        `places` (n,) or (b, n): rows of the position table. `keep` (b, n): False at padding.
+        """
+        tokens = self.vae2llm(x) + self.time_embedder(t)[:, None] + self.positions[places]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            marks = self.marks(len(x))
+        out, tapped = self.lm.tower.draw(marks, tokens, context, frozen, tap, keep)
+        return self.llm2vae(out), tapped
+
+    def flow_loss(self, latents: Tensor, context, t: Tensor, eps: Tensor, frozen=True, tap=0):
+        """Eq. 2 a sample (b,) for clean latents and noise (b, c, h, w), and the tapped states."""
+        places = position_ids(*latents.shape[2:], self.config.latent_side).to(latents.device)
+        x0, eps = (a.flatten(2).transpose(1, 2) for a in (latents, eps))        # (b, n, c)
+        v, tapped = self.velocity(path(x0, eps, t), t, context, places, frozen, tap)
+        return velocity_loss(v, x0, eps), tapped
+
+    @torch.no_grad()
+    def draw(self, captions: list[list[int]], h: int, w: int, seeds: list[int], **how):
+        """Denoises an h x w latent image a caption. Yields the latents after each step (b, c, h, w).
+
+        The captions are read once. Each image's noise comes from its own seed on the CPU, so that
+        it depends neither on the device nor on the batch. `how`: see diffusion.sample.
+        """
+        context = self.read(captions)
+        noise = [torch.randn(h * w, self.config.latent_channels,
+                             generator=torch.Generator().manual_seed(s)) for s in seeds]
+        places = position_ids(h, w, self.config.latent_side).to(self.device)
+
+        def velocity(x, t, conditional):
+            return self.velocity(x, t, context if conditional else None, places)[0]
+        for _, _, x in sample(velocity, torch.stack(noise).to(self.device), **how):
+            yield x.transpose(1, 2).unflatten(2, (h, w))
+
+    @torch.no_grad()
+    def generate(self, captions: list[str], size: int | None = None, seed: int = 0, **how) -> Tensor:
+        """Draws a film a caption -> uint8 (b, 3, size, size). Image i has noise seed + i."""
+        if self.vae is None:
+            raise UserError("there is no autoencoder; give one with --vae, or run train.py --stage 0")
+        size = size or self.config.resolution
+        side, rest = divmod(size, self.vae.factor)
+        if rest or not 0 < side <= self.config.latent_side:
+            raise UserError(f"size must be a multiple of {self.vae.factor} up to "
+                            f"{self.vae.factor * self.config.latent_side}, not {size}")
+        ids = [self.ids(c) for c in captions]
+        for latents in self.draw(ids, side, side, [seed + i for i in range(len(ids))], **how):
+            pass
+        return to_uint8(self.vae.decode(latents))
+
+    # ------------------------------------------------------------ weights folders
+
+    def save(self, folder: str | Path):
+        """Writes a weights folder in the released layout; each file whole or not at all."""
+        folder = Path(folder)
+        (folder / "vae").mkdir(parents=True, exist_ok=True)
+        weights = {k: v for k, v in self.state_dict().items() if not k.startswith("vae.")}
+        write_safetensors({released(k): v for k, v in weights.items()}, folder / "model.safetensors")
+        if self.vae is not None:
+            write_safetensors(self.vae.state_dict(), folder / "vae" / "model.safetensors")
+        if self.tokenizer is not None:
+            with atomic(folder / "tokenizer.json") as temporary:
+                self.tokenizer.save(temporary)
+        with atomic(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(config_json(self), indent=2))
+
+    @staticmethod
+    def load(folder: str | Path, device="cpu", dtype=torch.float32) -> "UniX":
+        """Opens a released, a Janus-Pro or one of our own folders. Raises UserError."""
+        folder = Path(folder)
+        about = read_json(folder / "config.json")
+        weights = {plain(k): v for k, v in read_weights(folder).items() if used(k)}
+        janus = not any("_moe_gen." in k for k in weights)
+        vae = read_vae(folder, about)
+        config = infer_config(weights, about, folder)
+        tokenizer = folder / "tokenizer.json"
+        with torch.device("meta"):
+            model = UniX(config)
+        if janus:
+            complete(weights, model)
+        fit(model, {k: weights.pop(released(k), None) for k in model.state_dict()}, weights,
+            dtype, folder)
+        model.tokenizer = Tokenizer.load(tokenizer) if tokenizer.exists() else None
+        model.vae = vae
+        return model.to(device).eval()
+
+
+# ---------------------------------------------------------------- names
+
+
+def released(name: str) -> str:
+    """Our parameter name -> the official one."""
+    m = re.fullmatch(r"lm\.tower\.layers\.(\d+)\.(und|gen)\.(\w+)\.(\w+)", name)
+    if m:
+        i, branch, part, kind = m.groups()
+        suffix = "_moe_gen" if branch == "gen" else ""
+        if part in ("gate_proj", "up_proj", "down_proj"):
+            part = f"mlp{suffix}.{part}"
+        else:
+            part = ("" if part.endswith("layernorm") else "self_attn.") + part + suffix
+        return f"language_model.model.layers.{i}.{part}.{kind}"
+    for ours, theirs in (("lm.lm_head.", "language_model.lm_head."),
+                         ("lm.tower.norm_gen.", "language_model.model.norm_moe_gen."),
+                         ("lm.tower.", "language_model.model."), ("lm.", "language_model.model."),
+                         ("vit.", "vit_model.vision_tower."), ("positions", "latent_pos_embed.pos_embed")):
+        if name.startswith(ours):
+            return theirs + name[len(ours):]
+    return name
+
+
+def plain(name: str) -> str:
+    """A Janus-Pro name -> the official one."""
+    name = re.sub(r"^vision_model\.", "vit_model.", name)
+    return re.sub(r"^aligner\.", "connector.", name)
+
+
+def used(name: str) -> bool:
+    """False for tensors that no forward pass reads: they may be there or not."""
+    return not re.search(r"\.attn_pool\.|^vit_pos_embed\.|^gen_|rotary_emb|^vae\.", name)
+
+
+def config_json(model: UniX) -> dict:
+    """The released config.json for a model, with what only we need under "ours"."""
+    c = model.config
+    text = {"model_type": "llama", "hidden_size": c.width, "intermediate_size": c.mlp,
+            "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+            "num_key_value_heads": c.kv_heads, "vocab_size": c.vocab,
+            "max_position_embeddings": c.max_tokens}
+    about = {
+        "model_type": "unix", "architectures": ["UniX"], "visual_gen": True, "visual_und": True,
+        "latent_patch_size": 1, "max_latent_size": c.latent_side, "timestep_shift": 1.0,
+        "vit_max_num_patch_per_side": c.vit_image // c.vit_patch,
+        "connector_act": "gelu_pytorch_tanh", "interpolate_pos": False,
+        "llm_config": {**text, "model_type": "qwen2", "layer_module": "Qwen2MoTDecoderLayer",
+                       "qk_norm": True, "tie_word_embeddings": False},
+        "language_config": text,
+        "vit_config": {"model_type": "siglip_vision_model", "hidden_size": c.vit_width,
+                       "image_size": c.vit_image, "intermediate_size": c.vit_mlp,
+                       "num_attention_heads": c.vit_heads, "num_hidden_layers": c.vit_layers,
+                       "patch_size": c.vit_patch, "select_layer": -1},
+        "special_token_ids": {"bos_token_id": c.bos, "eos_token_id": c.eos,
+                              "start_of_image": c.boi, "end_of_image": c.eoi},
+        "ours": {"share_layers": c.share_layers, "resolution": c.resolution},
+    }
+    if model.vae is not None:
+        about["vae_path"] = "vae/model.safetensors"
+        about["vae_config"] = {"path": "vae/model.safetensors", "downsample": model.vae.factor,
+                               "z_channels": c.latent_channels, "embed_dim": c.latent_channels,
+                               "scale_factor": model.vae.scale, "shift_factor": model.vae.shift}
+    return about
+
+
+def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Config:
+    """Config of a weights folder: sizes from tensor shapes; config.json tells the rest."""
+    def shape(ours: str, axis: int) -> int:
+        name = released(ours)
+        if name not in weights:
+            raise UserError(f"{folder}: tensor {name} is missing; download the folder again")
+        return weights[name].shape[axis] if weights[name].dim() > axis else 0
+
+    def count(prefix: str) -> int:
+        found = [int(k[len(prefix):].split(".")[0]) for k in weights if k.startswith(prefix)]
+        return 1 + max(found, default=-1)
+    text = about.get("language_config") or about.get("llm_config") or {}
+    vit, special, ours = (about.get(k, {}) for k in ("vit_config", "special_token_ids", "ours"))
+    layer, width = "lm.tower.layers.0.und.", shape("lm.embed_tokens.weight", 1)
+    rows, vit_width = shape(layer + "q_proj.weight", 0), shape("vit.patch_embed.proj.weight", 0)
+    patch = shape("vit.patch_embed.proj.weight", 2)
+    q_norm = weights.get(released(layer + "q_norm.weight"))
+    heads = text.get("num_attention_heads") or max(1, rows // 128)   # Janus-Pro has heads of 128
+    head_dim = q_norm.shape[0] if q_norm is not None else rows // heads
+    table = weights.get("latent_pos_embed.pos_embed")
+    base = Config()
+    return replace(
+        base, vit_patch=patch, vit_width=vit_width,
+        vit_image=patch * math.isqrt(shape("vit.pos_embed", 1)),
+        vit_mlp=shape("vit.blocks.0.mlp.fc1.weight", 0), vit_layers=count("vit_model.vision_tower.blocks."),
+        vit_heads=vit.get("num_attention_heads") or max(1, vit_width // 64),
+        vocab=shape("lm.embed_tokens.weight", 0), layers=count("language_model.model.layers."),
+        width=width, heads=rows // head_dim, head_dim=head_dim,
+        kv_heads=shape(layer + "k_proj.weight", 0) // head_dim,
+        mlp=shape(layer + "gate_proj.weight", 0),
+        max_tokens=text.get("max_position_embeddings", base.max_tokens),
+        latent_side=math.isqrt(len(table)) if table is not None else base.latent_side,
+        latent_channels=weights["vae2llm.weight"].shape[1] if "vae2llm.weight" in weights else 16,
+        share_layers=ours.get("share_layers", 0), resolution=ours.get("resolution", base.resolution),
+        bos=special.get("bos_token_id", base.bos), eos=special.get("eos_token_id", base.eos),
+        boi=special.get("start_of_image", base.boi), eoi=special.get("end_of_image", base.eoi))
+
+
+def complete(weights: dict[str, Tensor], model: UniX):
+    """Janus-Pro has no QK-norm, no q/k/v bias and no generation branch: norms of 1, biases of 0, a
+    generation tower copied from understanding, and new latent and time embeddings."""
+    with torch.device("cpu"):
+        small = UniX(replace(model.config, layers=1, vit_layers=1, vocab=1))
+    fresh = {released(k): v for k, v in small.state_dict().items()}
+    for k in model.state_dict():
+        name, source = released(k), released(k.replace(".gen.", ".und.").replace("norm_gen", "norm"))
+        if re.search(r"[qkv]_proj.*bias", name):
+            weights.setdefault(name, torch.zeros(model.get_parameter(k).shape))
+        elif re.search(r"[qk]_norm", name):
+            weights.setdefault(name, torch.ones(model.config.head_dim))
+        elif source != name:
+            weights.setdefault(name, weights[source].clone())
+        elif k.startswith(("vae2llm", "llm2vae", "time_embedder", "positions")):
+            weights.setdefault(name, fresh[name])
+
+
+def fit(model: nn.Module, wanted: dict[str, Tensor | None], extra: dict, dtype, folder: Path):
+    """Puts the tensors into a model on the meta device. Raises UserError naming what is wrong."""
+    state = model.state_dict()
+    table = wanted.get("positions", ...)
+    if table is None:
+        wanted["positions"] = position_table(model.config.latent_side, model.config.width)
+    missing = [released(k) for k, v in wanted.items() if v is None]
+    wrong = [f"{released(k)} is {list(v.shape)}, not {list(state[k].shape)}"
+             for k, v in wanted.items() if v is not None and v.shape != state[k].shape]
+    for kind, names in (("missing", missing), ("unexpected", sorted(extra)), ("wrong shape", wrong)):
+        if names:
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise UserError(f"{folder}: {len(names)} tensor(s) {kind}: {', '.join(names[:4])}{more}")
+    model.load_state_dict({k: v if k == "positions" else v.to(dtype) for k, v in wanted.items()},
+                          assign=True)
+
+
+def read_vae(folder: Path, about: dict) -> VAE | None:
+    """The autoencoder of a weights folder, or None. Raises UserError."""
+    block = about.get("vae_config", {})
+    for name in (block.get("path"), about.get("vae_path"), "vae/model.safetensors", "vae/vae.ckpt", "vae.ckpt"):
+        if name and (folder / name).is_file():
+            return load_vae(folder / name, block.get("scale_factor", 0.238092),
+                            block.get("shift_factor", -0.201906))
+    return None
+
+
+def load_vae(file: Path, scale=0.238092, shift=-0.201906) -> VAE:
+    """A CompVis autoencoder from .ckpt or .safetensors, whatever its sizes. Raises UserError."""
+    weights = read_tensors(file)
+    parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+    weights = {k: v for k, v in weights.items() if k.startswith(parts)}      # not loss.*
+    try:
+        sizes = VAE.sizes(weights)
+    except (KeyError, ValueError) as e:
+        raise UserError(f"{file}: not a CompVis autoencoder (no tensor {e}); see --vae") from None
+    with torch.device("meta"):
+        vae = VAE(**sizes, scale=scale, shift=shift)
+    fit(vae, {k: weights.pop(k, None) for k in vae.state_dict()}, weights, torch.float32, file)
+    return vae.eval()
+
+
+# ---------------------------------------------------------------- files
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+          "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+          "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64}
+
+
+def read_json(file: Path) -> dict:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{file}: cannot be read as JSON ({e}); is this a weights folder?") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: is not a JSON object; is this a weights folder?")
+    return found
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder: one file, or the shards that an index.json names."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return read_tensors(folder / name)
+        if (folder / f"{name}.index.json").is_file():
+            shards = read_json(folder / f"{name}.index.json").get("weight_map", {})
+            found: dict[str, Tensor] = {}
+            for shard in sorted(set(shards.values())):
+                if Path(shard).name != shard:
+                    raise UserError(f"{folder}: the index names a file outside it: {shard}")
+                found.update(read_tensors(folder / shard))
+            return found
+    raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin; is the folder complete?")
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file or of a torch checkpoint (never runs code in it)."""
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; is the folder complete?")
+    if file.suffix == ".safetensors":
+        return read_safetensors(file)
+    try:
+        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as e:      # zip, pickle and runtime errors: torch has no common class for them
+        raise UserError(f"{file}: not a readable checkpoint ({str(e).splitlines()[0][:80]})") from None
+    found = found.get("state_dict", found) if isinstance(found, dict) else {}
+    return {k: v for k, v in found.items() if isinstance(v, Tensor)}
+
+
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file, memory-mapped: 8 bytes length, JSON header, raw bytes.
+
+    Raises UserError when the file is missing, cut short, or its header does not add up.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
+        if size < 8 or start > size:
+            raise ValueError("it is cut short")
+        header = json.loads(bytes(raw[8:start].numpy()))
+        header.pop("__metadata__", None)
+        found = {}
+        for name, entry in header.items():
+            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+            a, b = (start + int(o) for o in entry["data_offsets"])
+            if not start <= a <= b <= size or min(shape, default=0) < 0 or \
+                    b - a != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"tensor {name} does not fit its bytes")
+            piece = raw[a:b] if a % dtype.itemsize == 0 else raw[a:b].clone()
+            found[name] = piece.view(dtype).reshape(shape) if b > a else torch.empty(shape, dtype=dtype)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path}: not a whole safetensors file ({type(e).__name__}: {e})") from None
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict | None = None):
+    """Writes a .safetensors file, whole or not at all. metadata: strings to strings."""
+    names = {v: k for k, v in DTYPES.items()}
+    order = sorted(tensors, key=lambda k: (-tensors[k].dtype.itemsize, k))   # keeps all aligned
+    header, at = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for k in order:
+        end = at + tensors[k].numel() * tensors[k].dtype.itemsize
+        header[k] = {"dtype": names[tensors[k].dtype], "shape": list(tensors[k].shape),
+                     "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header, ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic(Path(path)) as temporary, open(temporary, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for k in order:
+            flat = tensors[k].detach().cpu().contiguous().reshape(-1)
+            f.write(flat.view(torch.uint8).numpy().data)
