@@ -33,7 +33,7 @@ class ViT(nn.Module):
 
     def __init__(self, image: int, patch: int, width: int, mlp: int, heads: int, layers: int):
         super().__init__()
-        self.image = image
+        self.image, self.patch = image, patch
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
         self.pos_embed = nn.Parameter(torch.randn(1, (image // patch) ** 2, width) * 0.02)
         self.blocks = nn.ModuleList(ViTBlock(width, mlp, heads) for _ in range(layers))

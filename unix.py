@@ -51,6 +51,7 @@ class Config:
     boi: int = 100003
     eoi: int = 100580
     resolution: int = 512       # pixels a side of generated images
+    guidance: float = 2.0       # scale of classifier-free guidance
     vae: dict = field(default_factory=lambda: {"scale": 0.238092, "shift": -0.201906})
 
 
@@ -211,7 +212,7 @@ class UniX(nn.Module):
         """Draws a film a caption -> uint8 (b, 3, size, size). Image i has noise seed + i."""
         if self.vae is None:
             raise UserError("there is no autoencoder; give one with --vae, or run train.py --stage 0")
-        size = size or self.config.resolution
+        size = self.config.resolution if size is None else size
         side, rest = divmod(size, self.vae.factor)
         if rest or not 0 < side <= self.config.latent_side:
             raise UserError(f"size must be a multiple of {self.vae.factor} up to "
@@ -313,6 +314,8 @@ def config_json(model: UniX) -> dict:
                        "patch_size": c.vit_patch, "select_layer": -1},
         "special_token_ids": {"bos_token_id": c.bos, "eos_token_id": c.eos,
                               "start_of_image": c.boi, "end_of_image": c.eoi},
+        "inference_config": {"generation": {"cfg_text_scale": c.guidance, "cfg_interval": [0.4, 1.0],
+                                            "num_timesteps": 50, "do_sample": False}},
         "ours": {"share_layers": c.share_layers, "resolution": c.resolution},
     }
     if model.vae is not None:
@@ -335,7 +338,9 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
         found = [int(k[len(prefix):].split(".")[0]) for k in weights if k.startswith(prefix)]
         return 1 + max(found, default=-1)
     text = about.get("language_config") or about.get("llm_config") or {}
-    vit, special, ours = (about.get(k, {}) for k in ("vit_config", "special_token_ids", "ours"))
+    vit, ours = about.get("vit_config", {}), about.get("ours", {})
+    drawing, vocab = (about.get("inference_config", {}).get("generation", {}),
+                      shape("lm.embed_tokens.weight", 0))
     layer, width = "lm.tower.layers.0.und.", shape("lm.embed_tokens.weight", 1)
     rows, vit_width = shape(layer + "q_proj.weight", 0), shape("vit.patch_embed.proj.weight", 0)
     patch = shape("vit.patch_embed.proj.weight", 2)
@@ -349,7 +354,7 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
         vit_image=patch * math.isqrt(shape("vit.pos_embed", 1)),
         vit_mlp=shape("vit.blocks.0.mlp.fc1.weight", 0), vit_layers=count("vit_model.vision_tower.blocks."),
         vit_heads=vit.get("num_attention_heads") or max(1, vit_width // 64),
-        vocab=shape("lm.embed_tokens.weight", 0), layers=count("language_model.model.layers."),
+        vocab=vocab, layers=count("language_model.model.layers."),
         width=width, heads=rows // head_dim, head_dim=head_dim,
         kv_heads=shape(layer + "k_proj.weight", 0) // head_dim,
         mlp=shape(layer + "gate_proj.weight", 0),
@@ -357,8 +362,18 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
         latent_side=math.isqrt(len(table)) if table is not None else base.latent_side,
         latent_channels=weights["vae2llm.weight"].shape[1] if "vae2llm.weight" in weights else 16,
         share_layers=ours.get("share_layers", 0), resolution=ours.get("resolution", base.resolution),
-        bos=special.get("bos_token_id", base.bos), eos=special.get("eos_token_id", base.eos),
-        boi=special.get("start_of_image", base.boi), eoi=special.get("end_of_image", base.eoi))
+        guidance=drawing.get("cfg_text_scale", base.guidance), **special_ids(about, vocab))
+
+
+def special_ids(about: dict, vocab: int) -> dict[str, int]:
+    """Ids of the four markers: from config.json, else those that the released code has hard-coded
+    (the last four rows of a vocabulary too small for them)."""
+    said = about.get("special_token_ids", {})
+    names = {"bos": "bos_token_id", "eos": "eos_token_id", "boi": "start_of_image", "eoi": "end_of_image"}
+    usual = {k: getattr(Config(), k) for k in names}
+    if max(usual.values()) >= vocab:
+        usual = dict(zip(names, range(vocab - 4, vocab)))
+    return {k: said.get(theirs, usual[k]) for k, theirs in names.items()}
 
 
 def complete(weights: dict[str, Tensor], model: UniX):

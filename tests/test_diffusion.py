@@ -1,0 +1,122 @@
+"""Rectified flow against closed forms; autoencoder by properties."""
+
+import math
+
+import pytest
+import torch
+
+from diffusion import (VAE, guide, path, position_ids, position_table, sample, sample_time,
+                       shift_time, target, time_features, to_uint8, velocity_loss)
+
+
+def test_time_convention():
+    """t = 0 is the image, t = 1 the noise, v points from image to noise."""
+    x0, eps = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    torch.testing.assert_close(path(x0, eps, torch.zeros(2)), x0)
+    torch.testing.assert_close(path(x0, eps, torch.ones(2)), eps)
+    t, h = torch.tensor([0.3, 0.6]), 1e-3
+    slope = (path(x0, eps, t + h) - path(x0, eps, t - h)) / (2 * h)
+    torch.testing.assert_close(slope, target(x0, eps), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("points", [2, 9])
+def test_the_perfect_velocity_returns_the_image(points):
+    """v = eps - x0 is constant, so Euler is exact, in one step or many, at any shift."""
+    x0, eps = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    steps = list(sample(lambda x, t, c: target(x0, eps), eps, points, shift=3.0))
+    assert len(steps) == points - 1
+    torch.testing.assert_close(steps[-1][2], x0, atol=1e-5, rtol=1e-5)
+    flipped = list(sample(lambda x, t, c: -target(x0, eps), eps, points))[-1][2]
+    assert (flipped - x0).abs().max() > 1
+
+
+def test_euler_converges_to_the_exact_solution_of_a_gaussian():
+    """x0 ~ N(0, s^2): the exact velocity is a(t) x, and noise lands on s * eps."""
+    s, eps = 0.4, torch.randn(1, 2000, 1)
+
+    def velocity(x, t, conditional):
+        t = t[0].item()
+        return x * (t - (1 - t) * s * s) / (t * t + (1 - t) ** 2 * s * s)
+    error = [(list(sample(velocity, eps, n, 1.0))[-1][2] - s * eps).abs().mean().item()
+             for n in (21, 41, 81)]
+    assert error[2] < 0.02 and error[0] > 1.6 * error[1] > 2.5 * error[2]     # first order
+
+
+def test_guidance_switches_on_inside_the_interval_and_costs_nothing_outside():
+    asked = []
+
+    def velocity(x, t, conditional):
+        asked.append((round(t[0].item(), 4), conditional))
+        return torch.zeros_like(x)
+    list(sample(velocity, torch.randn(1, 4, 2), 11, 1.0, scale=2.0, interval=(0.4, 0.8)))
+    guided = sorted({t for t, conditional in asked if not conditional})
+    assert guided == [0.5, 0.6, 0.7, 0.8]           # lo < t <= hi
+    asked.clear()
+    list(sample(velocity, torch.randn(1, 4, 2), 11, scale=1.0))
+    assert all(conditional for _, conditional in asked) and len(asked) == 10
+
+
+def test_guide():
+    """Scale 1 is the conditional velocity; renormed, none is longer than that."""
+    c, u = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    torch.testing.assert_close(guide(c, u, 1.0), c)
+    torch.testing.assert_close(guide(c, u, 3.0, None), u + 3 * (c - u))
+    assert (guide(c, u, 5.0).flatten(1).norm(dim=1) <= c.flatten(1).norm(dim=1) + 1e-4).all()
+    assert (guide(c, u, 5.0, "channel").norm(dim=2) <= c.norm(dim=2) + 1e-4).all()
+    alone = torch.cat([guide(c[i:i + 1], u[i:i + 1], 3.0) for i in range(3)])
+    torch.testing.assert_close(guide(c, u, 3.0), alone)         # each sample by itself
+
+
+def test_times():
+    """Shift fixes 0 and 1 and moves the middle to s / (1 + s); training times are logit-normal."""
+    torch.testing.assert_close(shift_time(torch.tensor([0., .5, 1.]), 3.0), torch.tensor([0., .75, 1.]))
+    z = torch.logit(sample_time(200_000, torch.Generator().manual_seed(0)).double())
+    assert abs(z.mean()) < 0.01 and abs(z.std() - 1) < 0.01
+
+
+def test_loss_is_the_mean_square_of_the_velocity_error():
+    x0, eps = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
+    torch.testing.assert_close(velocity_loss(target(x0, eps) + 0.5, x0, eps), torch.full((2,), 0.25))
+
+
+def test_time_features_and_position_table_by_hand():
+    f = time_features(torch.tensor([0.5]), 4)
+    want = [math.cos(0.5), math.cos(0.005), math.sin(0.5), math.sin(0.005)]
+    torch.testing.assert_close(f[0], torch.tensor(want))
+    table = position_table(4, 8)            # row 2, column 3 -> [sin, cos of column | of row]
+    want = [f(n * r) for n in (3, 2) for f in (math.sin, math.cos) for r in (1, 0.01)]
+    torch.testing.assert_close(table[2 * 4 + 3], torch.tensor(want))
+
+
+def test_a_larger_image_reads_more_of_the_same_table():
+    assert position_ids(2, 3, 32).tolist() == [0, 1, 2, 32, 33, 34]
+    assert set(position_ids(16, 16, 32).tolist()) < set(position_ids(32, 32, 32).tolist())
+
+
+@pytest.fixture(scope="module")
+def vae() -> VAE:
+    torch.manual_seed(0)
+    return VAE(ch=32, mult=[1, 2, 2], blocks=1, attn=[2], z=6, embed=5, scale=0.7, shift=0.1).eval()
+
+
+def test_vae_sizes_are_read_off_the_weights(vae):
+    assert VAE.sizes(vae.state_dict()) == {"ch": 32, "mult": [1, 2, 2], "blocks": 1, "attn": [2],
+                                           "z": 6, "embed": 5}
+
+
+@torch.no_grad()
+def test_vae_shapes_units_and_sampling(vae):
+    moments = vae.moments(torch.randn(2, 3, 16, 24))
+    assert moments.shape == (2, 10, 4, 6)
+    mean, logvar = moments.chunk(2, dim=1)
+    torch.testing.assert_close(vae.latents(moments), 0.7 * (mean - 0.1))
+    eps = torch.randn_like(mean)
+    torch.testing.assert_close(vae.latents(moments, eps), 0.7 * (mean + eps * (logvar / 2).exp() - 0.1))
+    films = vae.decode(vae.latents(moments))
+    assert films.shape == (2, 3, 16, 24)
+    torch.testing.assert_close(films, vae.decoder(vae.post_quant_conv(mean)))
+
+
+def test_to_uint8_truncates():
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])
+    assert to_uint8(pixels).tolist() == [0, 0, 127, 254, 255, 255]

@@ -1,0 +1,258 @@
+"""The whole model: losses, report and film by their invariances; weights folders."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from ar import decode, pick, report_loss
+from conftest import small_config
+from data import UserError
+from diffusion import VAE
+from unix import PRESETS, UniX, read_safetensors, released, write_safetensors
+
+
+def greedy(model, tokens, image, max_new=8, eos=-1):
+    row, length = model.pad(tokens)
+    return torch.stack([t for t, _ in decode(model.lm, row, length, image, eos, max_new)], 1)
+
+
+@torch.no_grad()
+def test_cached_decoding_equals_reading_everything_again(model, films):
+    image, tokens = model.see(films[:1]), [90, 4, 5, 91, 90]
+    logits = [l for _, l in decode(model.lm, *model.pad([tokens]), image, -1, 8)]
+    written = greedy(model, [tokens], image)[0].tolist()
+    hidden, _ = model.lm.read(*model.pad([tokens + written[:-1]]), image)
+    torch.testing.assert_close(torch.cat(logits), model.lm.lm_head(hidden[0, 4:]), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_batch_with_different_prompts_and_stops_equals_its_samples(model, films):
+    image = model.see(films)
+    prompts = [[90, 1, 91, 90], [90, 2, 3, 4, 5, 91, 90], [90, 91, 90]]
+    alone = [greedy(model, [p], image[i:i + 1])[0].tolist() for i, p in enumerate(prompts)]
+    assert greedy(model, prompts, image).tolist() == alone
+    eos = alone[0][2]           # the first sample stops at its third token at the latest
+    together = greedy(model, prompts, image, eos=eos).tolist()
+    for row, want in zip(together, alone):
+        n = want.index(eos) + 1 if eos in want else len(want)
+        assert row[:n] == want[:n][:len(row)] and set(row[n:]) <= {eos}
+
+
+@torch.no_grad()
+def test_decoding_ends_when_all_have_ended(model, films):
+    first = greedy(model, [[90, 1, 91, 90]], model.see(films[:1]))[0, 0].item()
+    assert greedy(model, [[90, 1, 91, 90]], model.see(films[:1]), eos=first).shape == (1, 1)
+
+
+def test_report_loss_is_the_cross_entropy_of_the_report_alone(model, films):
+    """By hand, one sample at a time without padding; prompt and image carry no loss."""
+    prompts, reports = [[1, 2], [3], [4, 5, 6]], [[7, 8, 9, 10], [11], []]
+    total, count = model.report_loss(films, prompts, reports)
+    by_hand = 0.0
+    for i, (p, r) in enumerate(zip(prompts, reports)):
+        row, length = model.pad([model.wrap(p) + model.wrap(r)])
+        logits = model.lm.lm_head(model.lm.read(row, length, model.see(films[i:i + 1]))[0][0])
+        for j, label in enumerate(r + [91]):
+            by_hand -= logits[len(p) + 2 + j].log_softmax(-1)[label]
+    assert count == 5 + 2 + 1
+    torch.testing.assert_close(total, by_hand, atol=1e-3, rtol=1e-4)
+
+
+def test_the_first_losses_are_as_expected():
+    """Untrained: ln V a token, and 1 + E[x0^2] for the flow, whose output layer starts at zero."""
+    torch.manual_seed(0)
+    model = UniX(small_config())
+    total, count = model.report_loss(torch.randn(4, 3, 32, 32), [[1]] * 4, [[2, 3, 4, 5]] * 4)
+    assert abs(total / count - math.log(97)) < 0.15
+    x0, eps = torch.randn(64, 16, 4, 4) * 0.5, torch.randn(64, 16, 4, 4)
+    loss, _ = model.flow_loss(x0, model.read([[1]] * 64), torch.rand(64), eps)
+    assert abs(loss.mean() - 1.25) < 0.05
+
+
+@torch.no_grad()
+def test_generation_tower_equals_understanding_tower_after_the_copy(model):
+    """Latents whose embedding is a text token's are then treated as that token."""
+    model.copy_tower()
+    marks, x = model.marks(1), torch.randn(1, 5, 32)
+    out, _ = model.lm.tower.draw(marks, x, None)
+    block = torch.cat([marks, x], dim=1)
+    hidden, _ = model.lm.tower.read(block, torch.zeros(1, 7, dtype=torch.long), torch.tensor([7]), 7)
+    torch.testing.assert_close(out, hidden[:, 2:], atol=1e-5, rtol=1e-4)
+    model.lm.tower.layers[0].gen.q_proj.weight.data += 1        # a copy, not the same object
+    assert not torch.equal(model.lm.tower.layers[0].gen.q_proj.weight,
+                           model.lm.tower.layers[0].und.q_proj.weight)
+
+
+def with_vae(model: UniX) -> UniX:
+    torch.manual_seed(3)
+    model.vae = VAE(ch=32, mult=[1, 1, 1, 1], blocks=1, attn=[], scale=0.5, shift=0.2).eval()
+    return model
+
+
+class Letters:
+    """A tokenizer of letters, for tests that are not about the tokenizer."""
+
+    def encode(self, text):
+        return [ord(c) % 80 for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(65 + i % 26) for i in ids)
+
+
+@torch.no_grad()
+def test_generated_films_do_not_depend_on_the_batch(model):
+    with_vae(model).tokenizer = Letters()
+    both = model.generate(["large effusion", "clear"], 32, seed=5, points=4)
+    assert both.shape == (2, 3, 32, 32) and both.dtype == torch.uint8
+    alone = model.generate(["clear"], 32, seed=6, points=4)
+    assert (both[1].int() - alone[0].int()).abs().max() <= 1
+    other = model.generate(["clear"], 32, seed=7, points=4)
+    assert (other[0].int() - alone[0].int()).abs().max() > 1
+    assert model.generate(["clear"], 48, seed=6, points=3).shape == (1, 3, 48, 48)
+
+
+def test_bad_texts_and_sizes_are_named(model):
+    with_vae(model).tokenizer = Letters()
+    for text, word in (("  ", "empty"), ("x" * 80, "80 tokens")):
+        with pytest.raises(UserError, match=word):
+            model.generate([text], 32)
+    for size in (0, 20, 128):
+        with pytest.raises(UserError, match="multiple of 8 up to 64"):
+            model.generate(["fine"], size)
+
+
+def test_nucleus_sampling_keeps_the_smallest_set():
+    """p = .5 .3 .15 .05: top_p .6 leaves the first two, in proportion 5 : 3."""
+    logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log().repeat(20000, 1)
+    drawn = pick(logits, 1.0, 0.6, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+    torch.testing.assert_close(drawn, torch.tensor([0, 0.625, 0, 0.375]), atol=0.015, rtol=0)
+    assert (pick(logits, 0.0, 1.0) == 1).all()
+    cold = pick(logits, 0.5, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+    want = torch.tensor([0.05, 0.5, 0.15, 0.3]).square()
+    torch.testing.assert_close(cold, want / want.sum(), atol=0.015, rtol=0)
+
+
+def test_report_loss_function_ignores_what_has_no_label():
+    head, hidden = torch.nn.Linear(4, 7, bias=False), torch.randn(2, 3, 4)
+    labels = torch.tensor([[-100, 2, -100], [-100, -100, 5]])
+    total, count = report_loss(hidden, head, labels)
+    hidden[0, 0] += 100
+    torch.testing.assert_close(report_loss(hidden, head, labels)[0], total)
+    assert count == 2
+
+
+def test_the_paper_preset_builds_on_the_meta_device():
+    """24 layers, 2048 wide, vocabulary 102400, SigLIP-L/16-384; 3B in all, half of it per branch."""
+    with torch.device("meta"):
+        model = UniX(PRESETS["unix"])
+    assert len(model.lm.tower.layers) == 24 and model.lm.embed_tokens.weight.shape == (102400, 2048)
+    assert model.vit.pos_embed.shape == (1, 576, 1024) and len(model.vit.blocks) == 24
+    size = {k: sum(p.numel() for p in model.branch(k).values()) / 1e9
+            for k in ("understanding", "generation")}
+    assert 1.8 < size["understanding"] < 2.1 and 1.1 < size["generation"] < 1.4
+    names = {released(k) for k in model.state_dict()}
+    assert "language_model.model.layers.23.mlp_moe_gen.down_proj.weight" in names
+    assert "vit_model.vision_tower.blocks.23.attn.qkv.bias" in names
+
+
+# ---------------------------------------------------------------- weights folders
+
+
+def same(a: UniX, b: UniX):
+    assert all(torch.equal(x, b.state_dict()[k]) for k, x in a.state_dict().items())
+
+
+def test_saved_and_loaded_again_is_the_same_model(model, tmp_path):
+    with_vae(model).save(tmp_path)
+    again = UniX.load(tmp_path)
+    same(model, again)
+    assert again.config.__dict__ | {"vae": 0} == model.config.__dict__ | {"vae": 0}
+    assert (again.vae.scale, again.vae.shift) == (0.5, 0.2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "vae"]
+
+
+def test_shared_layers_stay_shared_on_disk(tmp_path):
+    model = UniX(small_config(share_layers=2))
+    model.save(tmp_path)
+    again = UniX.load(tmp_path)
+    assert [layer.und is layer.gen for layer in again.lm.tower.layers] == [True, True, False]
+    same(model, again)
+
+
+def rewrite(folder, change):
+    tensors = {k: v.clone() for k, v in read_safetensors(folder / "model.safetensors").items()}
+    change(tensors)
+    write_safetensors(tensors, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda t: t.pop("llm2vae.bias"), "missing: llm2vae.bias"),
+    (lambda t: t.update(surprise=torch.ones(2)), "unexpected: surprise"),
+    (lambda t: t.update({"llm2vae.bias": torch.ones(3)}), r"llm2vae.bias is \[3\], not \[16\]"),
+    (lambda t: t.pop("language_model.model.embed_tokens.weight"), "embed_tokens.weight is missing")])
+def test_wrong_tensors_are_named(model, tmp_path, change, said):
+    model.save(tmp_path)
+    rewrite(tmp_path, change)
+    with pytest.raises(UserError, match=said):
+        UniX.load(tmp_path)
+
+
+def test_tensors_that_no_forward_uses_may_be_there_or_not(model, tmp_path):
+    model.save(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"vit_pos_embed.pos_embed": torch.ones(2),
+                                          "vit_model.vision_tower.attn_pool.q.bias": torch.ones(2)}))
+    same(model, UniX.load(tmp_path))
+
+
+def test_weights_folders_that_are_none(model, tmp_path):
+    with pytest.raises(UserError, match="config.json"):
+        UniX.load(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no model.safetensors"):
+        UniX.load(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="not a JSON object"):
+        UniX.load(tmp_path)
+
+
+def janus_names(model: UniX) -> dict:
+    """Our understanding branch under Janus-Pro's names: no QK-norm, no QKV bias, gen_* besides."""
+    found = {"gen_vision_model.x": torch.ones(1), "gen_head.y": torch.ones(1)}
+    for k, v in model.state_dict().items():
+        if k in model.branch("understanding") and "_norm." not in k and not \
+                ("_proj.bias" in k):
+            name = released(k).replace("vit_model.", "vision_model.").replace("connector.", "aligner.")
+            found[name] = v.clone()
+    found["language_model.model.norm.weight"] = model.lm.tower.norm.weight.data.clone()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded"])
+def test_a_janus_folder_is_a_starting_point(model, films, tmp_path, kind):
+    """Understanding as given (norms 1, biases 0), the generation tower a copy of it."""
+    tensors = janus_names(model)
+    (tmp_path / "config.json").write_text(json.dumps({
+        "model_type": "multi_modality", "language_config": {
+            "num_hidden_layers": 3, "vocab_size": 97, "num_attention_heads": 4}}))
+    if kind == "safetensors":
+        write_safetensors(tensors, tmp_path / "model.safetensors")
+    elif kind == "bin":
+        torch.save(tensors, tmp_path / "pytorch_model.bin")
+    else:
+        names = sorted(tensors)
+        shards = {"a.bin": names[::2], "b.bin": names[1::2]}
+        for shard, keys in shards.items():
+            torch.save({k: tensors[k] for k in keys}, tmp_path / shard)
+        (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(
+            {"weight_map": {k: s for s, keys in shards.items() for k in keys}}))
+    loaded = UniX.load(tmp_path)
+    layer = loaded.lm.tower.layers[1]
+    torch.testing.assert_close(layer.und.q_proj.weight, model.lm.tower.layers[1].und.q_proj.weight)
+    assert torch.equal(layer.gen.down_proj.weight, layer.und.down_proj.weight)
+    assert layer.gen is not layer.und and (layer.und.q_norm.weight == 1).all()
+    assert not layer.und.k_proj.bias.any() and not loaded.llm2vae.weight.any()
+    assert loaded.config.kv_heads == 2 and loaded.config.head_dim == 10
+    total, count = loaded.report_loss(films, [[1]] * 3, [[2, 3]] * 3)
+    assert math.isfinite(total) and count == 9

@@ -1,0 +1,686 @@
+"""Teaches UniX in the paper's stages (Sec. 3.4, Table 1).
+
+    python train.py --stage 0      a small autoencoder, where no pretrained one is at hand (--vae)
+    python train.py --stage 1      understanding: reads films, writes reports     (Eq. 1)
+    python train.py --stage 2      generation at low resolution, with REPA        (Eq. 2)
+    python train.py --stage 3      generation at high resolution
+
+What a stage does not train is frozen: no gradient, not in the optimizer. The same command goes on
+where it was stopped, bit for bit: every random draw depends on (seed, stage, step) alone.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+
+@dataclass
+class Stage:
+    """One column of Table 1."""
+    trains: str             # the branch that learns; all others are frozen
+    pixels: int             # resolution
+    lr: float
+    warmup: int             # steps of linear warm-up; constant afterwards
+    steps: int
+    batch: int = 256
+    repa: float = 0.0       # weight of the alignment loss
+    ema: float = 0.0        # decay of the averaged weights that are saved; 0: none (ours)
+    decay: float = 0.0      # share of the steps at the end over which the rate falls to 0 (ours)
+    films: int = 0          # how many films of an endless set are used; 0: no limit (ours)
+
+
+STAGES = {
+    "unix": {   # Table 1; stage 0 is ours
+        0: Stage("vae", 256, 1e-4, 1000, 50_000, batch=32, ema=0.999),
+        1: Stage("understanding", 384, 1e-4, 80, 3_840),
+        2: Stage("generation", 256, 2e-4, 2_000, 75_000, repa=0.5, ema=0.9999),
+        3: Stage("generation", 512, 1e-4, 0, 5_000, ema=0.9999),
+    },
+    "tiny": {   # the same in half an hour on two cores; sizes keep the paper's ratios
+        0: Stage("vae", 64, 2e-3, 50, 700, batch=16, ema=0.99, decay=0.4),
+        1: Stage("understanding", 96, 1e-3, 100, 3_000, batch=16, decay=0.4),
+        2: Stage("generation", 64, 1e-3, 100, 3_000, batch=32, repa=0.5, ema=0.998, decay=0.3,
+                 films=16_384),
+        3: Stage("generation", 128, 5e-4, 0, 400, batch=16, ema=0.99, decay=0.5, films=4_096),
+    },
+}
+
+PROMPTS = (     # Figure 4: severity, side, several findings
+    "Heart size is normal. The lungs are clear.", "The heart is mildly enlarged.",
+    "The heart is severely enlarged.", "Small left pleural effusion.",
+    "Large right pleural effusion.", "Large left pneumothorax.",
+    "Large right pneumothorax.", "Consolidation in the right upper lobe. Small left pleural effusion.")
+
+
+def option(default, text: str, **more):
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class Options:
+    """What a user can say; `--help` is made from this."""
+    stage: int = option(None, "which stage to run: 0, 1, 2 or 3", choices=(0, 1, 2, 3))
+    data: str = option("phantom", "phantom (drawn films, no download) or a data folder")
+    out: str = option(None, "weights folder to write and go on with (default: runs/NAME of the data)")
+    preset: str = option("tiny", "sizes: tiny (a laptop) or unix (the paper's)", choices=tuple(STAGES))
+    weights: str = option(None, "weights folder to start from: UniX, Janus-Pro, or a run of yours")
+    vae: str = option(None, "autoencoder to use instead of stage 0: CompVis .ckpt or .safetensors")
+    repa_teacher: str = option(None, "RAD-DINO folder that stage 2 aligns with (default: our ViT)")
+    steps: int = option(None, "optimizer steps (default: see --plan)")
+    batch_size: int = option(None, "films a step, over all processes")
+    accumulate: int = option(1, "parts that a batch is worked through in; same result, less memory")
+    lr: float = option(None, "learning rate")
+    repa: float = option(None, "weight of the alignment loss in stage 2")
+    train: str = option("own", "own: only the stage's branch learns; both: Table 5",
+                        choices=("own", "both"))
+    mix: str = option("1:1", "with --train both: weight of understanding : generation")
+    share_layers: int = option(0, "first layers whose weights both branches share (new models)")
+    no_context: bool = option(False, "cut the joint attention: films are drawn without text")
+    precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "fp32", "bf16"))
+    checkpointing: bool = option(False, "recompute activations: less memory, more time")
+    compile: bool = option(False, "torch.compile the layers")
+    workers: int = option(0, "processes that load films")
+    save_every: int = option(200, "steps between checkpoints")
+    sheet_every: int = option(500, "steps between sample sheets")
+    seed: int = option(0, "seed of everything random")
+    plan: bool = option(False, "print sizes, memory and steps, then stop")
+
+
+def parse(argv=None) -> Options:
+    """Options from the command line; argparse prints help and mistakes (exit code 2)."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    for f in fields(Options):
+        text, more = f.metadata["help"], {k: v for k, v in f.metadata.items() if k != "help"}
+        if f.type is bool:
+            more["action"] = "store_true"
+        else:
+            more.update(type=f.type, default=f.default)
+            text += "" if f.default is None else f" (default: {f.default})"
+        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **more)
+    options = Options(**vars(parser.parse_args(argv)))
+    if options.stage is None:
+        parser.error("say which stage: --stage 0 (autoencoder), 1 (reports), 2 or 3 (films)")
+    for name in ("steps", "batch_size", "accumulate", "save_every", "sheet_every", "lr"):
+        if (getattr(options, name) or 1) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be positive")
+    return options
+
+
+OPTIONS = parse() if __name__ == "__main__" else None    # --help answers before torch is imported
+
+import numpy as np                                        # noqa: E402
+import torch                                              # noqa: E402
+import torch.nn.functional as F                           # noqa: E402
+from torch import Tensor, nn                              # noqa: E402
+from tqdm import tqdm                                     # noqa: E402
+
+from ar import Tokenizer                                  # noqa: E402
+from data import (UserError, atomic, batches, open_data, sheet, vae_pixels,  # noqa: E402
+                  vit_pixels)
+from diffusion import VAE, sample_time, to_uint8          # noqa: E402
+from unix import (INSTRUCTIONS, PRESETS, SPECIAL, UniX, load_vae, save_vae)  # noqa: E402
+
+
+class Processes:
+    """One process, or those that torchrun started. Gradients are summed over them by hand."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = "mps" if torch.backends.mps.is_available() and self.world == 1 else "cpu"
+        if torch.cuda.is_available():
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            torch.distributed.init_process_group("nccl" if "cuda" in self.device else "gloo")
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of a tensor over the processes."""
+        if self.world > 1:
+            torch.distributed.all_reduce(x)
+        return x
+
+    def sum_gradients(self, parameters: list):
+        if self.world > 1:
+            flat = self.total(torch.cat([p.grad.flatten() for p in parameters]))
+            for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
+                p.grad.copy_(g.view_as(p))
+
+    def wait(self):
+        if self.world > 1:
+            torch.distributed.barrier()
+
+
+def digest(module: nn.Module | None) -> str:
+    """Fingerprint of a module's weights."""
+    found = hashlib.sha1()
+    for v in module.state_dict().values() if module else ():
+        found.update(v.detach().cpu().float().numpy().tobytes())
+    return found.hexdigest()
+
+
+class Latents:
+    """A film set seen through the frozen autoencoder: moments [mean | log variance] of every film,
+    and the alignment teacher's features of it, computed once and kept beside the run. The cache
+    knows what it was made from, and is made again when films, size, autoencoder or teacher change.
+    """
+
+    def __init__(self, source, count: int, model: UniX, teach, folder: Path, device: str):
+        self.source, self.folder, self.stem = source, folder, f"latents-{source.size}"
+        origin = [source.fingerprint(), count, digest(model.vae), digest(model.vit) if teach else ""]
+        about = folder / f"{self.stem}.json"
+        known = json.loads(about.read_text()) if about.exists() else {}
+        if known.get("origin") != origin:
+            about.unlink(missing_ok=True)
+            known = {"origin": origin, "texts": self.build(count, model, teach, device)}
+            with atomic(about) as temporary:
+                temporary.write_text(json.dumps(known))
+        self.texts = known["texts"]
+        self.maps = {k: np.load(self.file(k), mmap_mode="r") for k in ("moments", "features")
+                     if self.file(k).exists()}
+
+    def file(self, kind: str) -> Path:
+        return self.folder / f"{self.stem}.{kind}.npy"
+
+    @torch.no_grad()
+    def build(self, count: int, model: UniX, teach, device: str) -> list:
+        """Fills the memory maps; returns the texts [report, caption] of the films."""
+        texts, maps, loader = [], {}, range(0, count, 64)
+        for start in tqdm(loader, desc=f"latents at {self.source.size} px", unit="batch"):
+            films = [self.source[i] for i in range(start, min(count, start + 64))]
+            images = torch.from_numpy(np.stack([f["image"] for f in films])).to(device)
+            out = {"moments": model.vae.moments(vae_pixels(images))}
+            if teach:
+                out["features"] = teach(images)
+            for k, v in out.items():
+                if k not in maps:
+                    maps[k] = np.lib.format.open_memmap(self.file(k), "w+", np.float16,
+                                                        (count, *v.shape[1:]))
+                maps[k][start:start + len(films)] = v.cpu().numpy()
+            texts += [[f["report"], f["caption"]] for f in films]
+        return texts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def __getitem__(self, i: int) -> dict:
+        report, caption = self.texts[i]
+        return {"index": i, "report": report, "caption": caption,
+                **{k: v[i].astype(np.float32) for k, v in self.maps.items()}}
+
+
+class Trainer:
+    """One stage of one run."""
+
+    def __init__(self, options: Options, stage: Stage, model, data, procs: Processes, out: Path):
+        self.options, self.stage, self.model, self.out = options, stage, model, out
+        self.data, self.procs, self.device, self.step, self.stop = data, procs, procs.device, 0, False
+        self.file = out / f"stage{options.stage}.pt"
+        self.settings = {k: v for k, v in asdict(options).items() if k in (
+            "data", "preset", "accumulate", "train", "mix", "share_layers", "no_context", "seed")}
+        self.settings.update(steps=stage.steps, batch=stage.batch, lr=stage.lr, repa=stage.repa)
+        self.vae = model if stage.trains == "vae" else model.vae
+        self.projector = None
+        self.learns = self.choose()
+        self.average = {k: p.detach().clone() for k, p in self.learns.items()} if stage.ema else None
+        self.optimizer = torch.optim.AdamW(self.learns.values(), lr=stage.lr, betas=(0.9, 0.95),
+                                           eps=1e-15, weight_decay=0)
+        bf16 = options.precision == "bf16" or options.precision == "auto" and (
+            "cuda" in self.device or torch.cpu._is_avx512_bf16_supported())
+        self.cast = lambda: torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=bf16)
+
+    def choose(self) -> dict[str, nn.Parameter]:
+        """Freezes everything, then frees what this stage trains (Table 1)."""
+        model, stage = self.model, self.stage
+        model.requires_grad_(False)
+        if stage.trains == "vae":
+            learns = dict(model.named_parameters())
+        else:
+            names = {stage.trains, *(["understanding", "generation"] if self.both else [])}
+            learns = {k: p for name in sorted(names) for k, p in model.branch(name).items()}
+        if stage.repa:
+            d, d_teacher = model.config.width, self.data.maps["features"].shape[-1]
+            torch.manual_seed(self.options.seed)
+            self.projector = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU(),
+                                           nn.Linear(d, d_teacher)).to(self.device)
+            learns |= {f"projector.{k}": p for k, p in self.projector.named_parameters()}
+        for p in learns.values():
+            p.requires_grad_(True)
+        return learns
+
+    @property
+    def both(self) -> bool:
+        return self.options.train == "both"
+
+    # ------------------------------------------------------------ one step
+
+    def draws(self, k: int) -> dict[str, Tensor]:
+        """All randomness of step k, for the whole batch and on the CPU, so that neither a restart,
+        nor the number of processes, nor accumulation changes it."""
+        rng = torch.Generator().manual_seed((self.options.seed * 10 + self.options.stage) * 10**9 + k)
+        b = self.stage.batch
+        draw = {"keep": torch.rand(b, generator=rng), "time": sample_time(b, rng),
+                "prompt": torch.randint(len(INSTRUCTIONS), (b,), generator=rng)}
+        if self.stage.trains != "understanding":
+            shape = (b, *self.latent_shape())
+            draw |= {"eps": torch.randn(shape, generator=rng), "z": torch.randn(shape, generator=rng)}
+        share = [int(n) for n in self.options.mix.split(":")]
+        reads = round(b * share[0] / sum(share)) if self.both else b
+        draw["reads"] = torch.arange(b) < reads
+        return draw
+
+    def latent_shape(self) -> tuple[int, int, int]:
+        side = self.stage.pixels // self.vae.factor
+        return self.vae.channels, side, side
+
+    def terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
+        """Summed loss terms of some films."""
+        if self.stage.trains == "vae":
+            return self.vae_terms(batch, draw)
+        if not self.both:
+            return (self.report_terms if self.stage.trains == "understanding"
+                    else self.flow_terms)(batch, draw)
+        found, split = {}, draw["reads"]
+        for rows, terms in ((split, self.report_terms), (~split, self.flow_terms)):
+            if rows.any():
+                found |= terms(pick_rows(batch, rows), pick_rows(draw, rows))
+        return found
+
+    def vae_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
+        """Reconstruction error and a light pull of the latents towards N(0, 1) (ours)."""
+        pixels = vae_pixels(batch["image"].to(self.device))
+        mean, logvar = self.vae.moments(pixels).chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)
+        film = self.vae.decoder(self.vae.post_quant_conv(
+            mean + draw["z"].to(self.device) * (0.5 * logvar).exp()))
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+        return {"mse": (film - pixels).square().flatten(1).mean(1).sum(),
+                "kl": kl.flatten(1).mean(1).sum()}
+
+    def report_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
+        """Eq. 1, summed over the reports' tokens."""
+        prompts = [self.model.ids(INSTRUCTIONS[i]) for i in draw["prompt"].tolist()]
+        total, _ = self.model.report_loss(vit_pixels(batch["image"].to(self.device)), prompts,
+                                          [self.model.ids(r) for r in batch["report"]])
+        return {"text": total}
+
+    def flow_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
+        """Eq. 2 and the alignment of stage 2, summed over films."""
+        model, device = self.model, self.device
+        x0 = self.vae.latents(batch["moments"].to(device), draw["z"].to(device))
+        frozen, tap = not self.both, round(model.config.layers * 8 / 24) if self.projector else 0
+        with torch.set_grad_enabled(not frozen):        # frozen understanding: no gradient, no graph
+            context = model.read([model.ids(c) for c in batch["caption"]])
+        dropped = draw["keep"].to(device) < (1 if self.options.no_context else 0.1)     # for guidance
+        loss, states = model.flow_loss(x0, context.drop(dropped), draw["time"].to(device),
+                                       draw["eps"].to(device), frozen, tap)
+        found = {"flow": loss.sum()}
+        self.by_time.append((draw["time"], loss.detach().cpu()))
+        if self.projector:
+            found["repa"] = align(self.projector(states), batch["features"].to(device), x0.shape[2:])
+        return found
+
+    def weights(self, batch: dict, draw: dict) -> dict[str, float]:
+        """What each summed term is multiplied with: its weight over its count in the whole batch."""
+        tokens = sum(len(self.model.ids(r)) + 1 for r, reads in zip(
+            batch.get("report", []), draw["reads"]) if reads) if self.stage.trains != "vae" else 0
+        films = int((~draw["reads"]).sum()) if self.both else len(draw["reads"])
+        tokens, films = self.procs.total(torch.tensor([tokens, films], device=self.device)).tolist()
+        return {"text": 1 / max(tokens, 1), "flow": 1 / max(films, 1), "mse": 1 / films,
+                "repa": self.stage.repa / max(films, 1), "kl": 1e-6 / films}
+
+    def one_step(self, batch: dict) -> dict[str, float]:
+        """Forward and backward in parts, clip, update. Returns what the log shows."""
+        k, b = self.step, self.stage.batch
+        mine = slice(b * self.procs.rank // self.procs.world,
+                     b * (self.procs.rank + 1) // self.procs.world)
+        draw = {name: v[mine] for name, v in self.draws(k).items()}
+        self.by_time, weights, logged = [], self.weights(batch, draw), {}
+        for rows in torch.arange(len(draw["keep"])).chunk(self.options.accumulate):
+            with self.cast():
+                terms = self.terms(pick_rows(batch, rows), pick_rows(draw, rows))
+                loss = sum(v * weights[name] for name, v in terms.items())
+            loss.backward()
+            for name, v in terms.items():
+                logged[name] = logged.get(name, 0) + v.detach() * weights[name]
+        learned = [p for p in self.learns.values() if p.grad is not None]
+        self.procs.sum_gradients(learned)
+        norm = nn.utils.clip_grad_norm_(learned, 1.0)
+        names = list(logged)
+        values = self.procs.total(torch.stack([*logged.values()])).tolist()
+        if not all(map(math.isfinite, [*values, float(norm)])):
+            saved = f"the last good checkpoint is {self.file}" if self.file.exists() else "nothing was saved"
+            raise UserError(f"step {k}: the loss is not finite ({dict(zip(names, values))}) at learning "
+                            f"rate {self.rate(k):.2e}; {saved}. Try a lower --lr")
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(k)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        if self.average:
+            decay = min(self.stage.ema, (1 + k) / (10 + k))
+            torch._foreach_lerp_(list(self.average.values()),
+                                 [p.detach() for p in self.learns.values()], 1 - decay)
+        return dict(zip(names, values)) | {"grad": float(norm)}
+
+    def rate(self, k: int) -> float:
+        """Learning rate of step k: linear warm-up, constant, and for `tiny` a linear fall."""
+        s = self.stage
+        rise = min(1.0, (k + 1) / s.warmup) if s.warmup else 1.0
+        fall = min(1.0, (s.steps - k) / (s.decay * s.steps)) if s.decay else 1.0
+        return s.lr * min(rise, fall)
+
+    # ------------------------------------------------------------ checkpoints
+
+    @contextmanager
+    def averaged(self):
+        """The averaged weights stand in for the trained ones."""
+        if self.average:
+            kept = {k: p.data for k, p in self.learns.items()}
+            for k, p in self.learns.items():
+                p.data = self.average[k]
+        try:
+            yield
+        finally:
+            if self.average:
+                for k, p in self.learns.items():
+                    p.data = kept[k]
+
+    def save(self):
+        """First all that resuming needs, in one file, then the weights folder; each is atomic."""
+        if self.procs.rank:
+            return
+        done = self.step >= self.stage.steps
+        state = {"step": self.step, "settings": self.settings}
+        if not done:        # a finished stage needs no optimizer any more
+            state |= {"learns": {k: p.detach() for k, p in self.learns.items()},
+                      "average": self.average, "optimizer": self.optimizer.state_dict()}
+        try:
+            if done:
+                self.publish()
+            with atomic(self.file) as temporary:
+                torch.save(state, temporary)
+            if not done:
+                self.publish()
+        except (OSError, RuntimeError) as e:
+            raise UserError(f"could not save step {self.step} in {self.out} ({e}); the checkpoint "
+                            "before it is whole: make room, then run the same command") from None
+
+    def publish(self):
+        """Writes the (averaged) weights where sample.py reads them."""
+        with self.averaged():
+            if self.stage.trains == "vae":
+                save_vae(self.model, self.out / "vae")
+            else:
+                self.model.save(self.out)
+
+    def resume(self):
+        """Goes on from the checkpoint of this stage, if there is one. Raises UserError."""
+        if not self.file.exists():
+            return
+        try:
+            state = torch.load(self.file, map_location=self.device, weights_only=True)
+        except Exception as e:      # torch has no common class for a broken file
+            raise UserError(f"{self.file} is broken ({str(e)[:60]}); delete it to start over") from None
+        changed = [f"{k} was {v}, now {self.settings.get(k)}" for k, v in state["settings"].items()
+                   if v != self.settings.get(k)]
+        if changed:
+            raise UserError(f"{self.file} was made with other settings ({'; '.join(changed)}): use "
+                            "the same ones, another --out, or delete it to start over")
+        self.step = state["step"]
+        if self.step < self.stage.steps:
+            with torch.no_grad():
+                for k, p in self.learns.items():
+                    p.copy_(state["learns"][k])
+            self.average = state["average"]
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    # ------------------------------------------------------------ the loop
+
+    def fit(self):
+        """Trains to the end, or until Ctrl-C, which saves."""
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, lambda *_: setattr(self, "stop", True))
+        o, s = self.options, self.stage
+        stream = batches(self.data, s.batch, o.seed, self.step, o.workers, self.procs.rank,
+                         self.procs.world)
+        bar = tqdm(total=s.steps, initial=self.step, desc=f"stage {o.stage}", unit="step",
+                   disable=self.procs.rank > 0)
+        log = Log(self.out / "log.jsonl", o.stage, self.step) if not self.procs.rank else None
+        while self.step < s.steps and not self.stop:
+            logged = self.one_step(next(stream))
+            bar.update()
+            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in logged.items()))
+            if log:
+                log.add(self.step, logged | {"lr": self.rate(self.step - 1)}, self.by_time)
+            if self.step % o.save_every == 0 or self.step == s.steps:
+                self.save()
+            if log and (self.step % o.sheet_every == 0 or self.step == s.steps):
+                with self.averaged():
+                    self.draw_sheet()
+        bar.close()
+        if self.step < s.steps:
+            self.save()
+            raise Stopped(f"stopped at step {self.step}, all saved; the same command goes on from there")
+        if log:
+            log.curves(self.out / "curves.png")
+
+    # ------------------------------------------------------------ what one sees
+
+    @torch.no_grad()
+    def draw_sheet(self):
+        """Writes a PNG that shows what the stage has learned so far."""
+        name = self.out / f"stage{self.options.stage}-{self.step:06d}.png"
+        if self.stage.trains == "generation":
+            return self.draw_films(name)
+        films = [self.peek[i] for i in range(8)]
+        images = torch.from_numpy(np.stack([f["image"] for f in films])).to(self.device)
+        if self.stage.trains == "vae":
+            back = to_uint8(self.vae.decoder(self.vae.post_quant_conv(
+                self.vae.moments(vae_pixels(images)).chunk(2, dim=1)[0])))[:, 0]
+            pairs = [x for pair in zip(images.cpu().numpy(), back.cpu().numpy()) for x in pair]
+            return sheet(pairs, ["original", "reconstruction"] * len(films), 4, name)
+        written = self.model.report(vit_pixels(images), max_new=120)
+        sheet([f["image"] for f in films], [f"WRITTEN {w}\nTRUE {f['report']}" for w, f in
+                                            zip(written, films)], 4, name)
+
+    def draw_films(self, name: Path):
+        """A film a prompt of Figure 4, and one film on its way from noise, left to right."""
+        model, size = self.model, self.stage.pixels
+        films = list(model.generate(list(PROMPTS), size, points=25, scale=3.0)[:, 0].cpu().numpy())
+        side = size // self.vae.factor
+        steps = list(model.draw([model.ids(PROMPTS[4])], side, side, [4], points=25, scale=3.0))
+        strip = [to_uint8(self.vae.decode(x))[0, 0].cpu().numpy() for x in steps[2::3]]
+        times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
+        sheet(films + strip, [*PROMPTS, *times], 8, name)
+
+
+def pick_rows(batch: dict, rows: Tensor) -> dict:
+    """Some samples of a batch; rows are places or True/False flags."""
+    places = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+    return {k: v[places] if isinstance(v, Tensor) else [v[i] for i in places.tolist()]
+            for k, v in batch.items()}
+
+
+def align(states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """REPA: negative cosine between projected states (b, n, d) and a teacher's features (b, m, d) of
+    the clean film, both on their grids; the teacher's is resized in 2-D. Summed over films."""
+    side = math.isqrt(features.shape[1])
+    features = features.transpose(1, 2).unflatten(2, (side, side))
+    if features.shape[2:] != grid:
+        features = F.interpolate(features, grid, mode="bilinear")
+    return -F.cosine_similarity(states.float(), features.flatten(2).transpose(1, 2), dim=-1).mean(1).sum()
+
+
+class Stopped(Exception):
+    """Training was interrupted and saved."""
+
+
+class Log:
+    """log.jsonl, one line of means every 20 steps; lines past a resumed step are taken out."""
+
+    def __init__(self, file: Path, stage: int, step: int):
+        self.file, self.stage, self.sums, self.n, self.bins = file, stage, {}, 0, [[] for _ in range(10)]
+        lines = file.read_text().splitlines() if file.exists() else []
+        self.rows = [r for r in map(json.loads, lines) if r["stage"] != stage or r["step"] <= step]
+        with atomic(file) as temporary:
+            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+        self.begin = time.perf_counter()
+
+    def add(self, step: int, values: dict, by_time: list):
+        for k, v in values.items():
+            self.sums[k] = self.sums.get(k, 0) + v
+        for times, losses in by_time:
+            for t, v in zip(times.tolist(), losses.tolist()):
+                self.bins[min(int(t * 10), 9)].append(v)
+        self.n += 1
+        if step % 20:
+            return
+        row = {"stage": self.stage, "step": step,
+               "steps_per_s": self.n / (time.perf_counter() - self.begin),
+               **{k: v / self.n for k, v in self.sums.items()}}
+        if any(self.bins):      # flow loss for each tenth of t
+            row["flow_by_t"] = [sum(b) / len(b) if b else None for b in self.bins]
+        self.rows.append(row)
+        with open(self.file, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        self.sums, self.n, self.bins, self.begin = {}, 0, [[] for _ in range(10)], time.perf_counter()
+
+    def curves(self, file: Path):
+        """One panel a stage and loss, against steps, drawn with Pillow."""
+        lines = {}
+        for r in self.rows:
+            for k in {"mse", "text", "flow", "repa"} & r.keys():
+                lines.setdefault(f"stage {r['stage']}: {k}", []).append((r["step"], r[k]))
+        if not lines:
+            return
+        canvas = Image.new("RGB", (640, 180 * len(lines)), "white")
+        pen = ImageDraw.Draw(canvas)
+        for i, (name, points) in enumerate(sorted(lines.items())):
+            low, high = (f(y for _, y in points) for f in (min, max))
+            place = [(40 + 580 * x / points[-1][0], 180 * i + 160 - 130 * (y - low) / max(high - low, 1e-9))
+                     for x, y in points]
+            pen.line(place if len(place) > 1 else place * 2, fill="black", width=2)
+            pen.text((40, 180 * i + 6), f"{name}, {low:.4g} to {high:.4g} over {points[-1][0]} steps",
+                     fill="black")
+        with atomic(file) as temporary:
+            canvas.save(temporary, "PNG")
+
+
+# ---------------------------------------------------------------- setting up
+
+
+def plan(options: Options, stage: Stage):
+    """Prints sizes, memory and steps, without training (meta device: no memory is used)."""
+    with torch.device("meta"):
+        config = PRESETS[options.preset]
+        model = UniX(config)
+        kind = {k: v for k, v in config.vae.items() if k not in ("scale", "shift")}
+        model.vae = VAE(**kind)
+    count = {name: sum(p.numel() for p in model.branch(name).values())
+             for name in ("understanding", "generation", "vae")}
+    learns = count[stage.trains] + (count["understanding"] if options.train == "both" else 0)
+    image = (config.vit_image // config.vit_patch) ** 2 + 2
+    latents = (stage.pixels // model.vae.factor) ** 2 + 2
+    print(f"preset {options.preset}, stage {options.stage}: {stage}")
+    for name, n in count.items():
+        print(f"  {name:14} {n / 1e6:10.2f} M parameters  "
+              f"{'trained' if name == stage.trains or options.train == 'both' else 'frozen'}")
+    print(f"  tokens a sample: {image} image, {latents} latents, and the text")
+    tokens = {"understanding": image + 150, "generation": latents}.get(stage.trains, 0)
+    width = (14 * config.width + 3 * config.mlp) * config.layers * 4
+    each = stage.batch / options.accumulate
+    total = sum(count.values())
+    memory = {"weights": 4 * total, "gradients": 4 * learns, "optimizer": 8 * learns,
+              "average": 4 * learns if stage.ema else 0,
+              "activations": each * tokens * (4 * config.width * config.layers if options.checkpointing
+                                              else width)}
+    print("  memory: " + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in memory.items())
+          + f"; in all {sum(memory.values()) / 2**30:.2f} GiB")
+    films = stage.steps * stage.batch
+    print(f"  {stage.steps} steps of {stage.batch} films = {films:,} films"
+          + (f" = {films / stage.films:.1f} epochs" if stage.films else ""))
+
+
+def new_model(options: Options, out: Path, data) -> UniX:
+    """The model a stage starts from: --weights, the run's own folder, or a new one (stage 1)."""
+    if options.weights or (out / "model.safetensors").exists():
+        return UniX.load(options.weights or out)
+    if options.stage > 1 and options.train == "own":
+        raise UserError(f"{out} has no weights; first run: python train.py --stage 1"
+                        + command_tail(options))
+    texts = [data.text(i) for i in range(min(len(data), 2000))]
+    config = PRESETS[options.preset]
+    tokenizer = Tokenizer.train(texts + list(INSTRUCTIONS), config.vocab, special=SPECIAL)
+    ids = dict(zip(("bos", "eos", "boi", "eoi"), map(tokenizer.id, SPECIAL)))
+    torch.manual_seed(options.seed)
+    return UniX(replace(config, vocab=max(config.vocab if options.preset == "unix" else 0, len(tokenizer)),
+                        share_layers=options.share_layers, **ids), tokenizer)
+
+
+def command_tail(options: Options) -> str:
+    said = {k: getattr(options, k) for k in ("data", "out", "preset")}
+    return "".join(f" --{k} {v}" for k, v in said.items() if v != getattr(Options(), k))
+
+
+def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Trainer:
+    """Data and model of a stage. Raises UserError where something it needs is not there."""
+    o, k = options, options.stage
+    if k == 0:
+        data = open_data(o.data, "train", stage.pixels)
+        torch.manual_seed(o.seed)
+        trainer = Trainer(o, stage, VAE(**PRESETS[o.preset].vae).to(procs.device), data, procs, out)
+        trainer.peek = open_data(o.data, "val", stage.pixels)
+        return trainer
+    if k == 3 and not o.weights and not (out / "stage2.pt").exists():
+        raise UserError(f"{out} has not been through stage 2; first run: python train.py --stage 2"
+                        + command_tail(o))
+    pixels = stage.pixels if k > 1 else PRESETS[o.preset].vit_image
+    data = open_data(o.data, "train", pixels, "report" if k == 1 else "image")
+    model = new_model(o, out, data).to(procs.device)
+    if o.vae:
+        model.vae = load_vae(o.vae).to(procs.device)
+    if k > 1:
+        if model.vae is None:
+            raise UserError(f"{out} has no autoencoder; run: python train.py --stage 0{command_tail(o)} "
+                            "(or give one with --vae)")
+        if k == 2 and not (out / "stage2.pt").exists():
+            model.copy_tower()
+        teach = None
+        count = min(len(data), stage.films or len(data))
+        data = Latents(data, count, model, teach, out, procs.device)
+        model.config.resolution = stage.pixels
+    return Trainer(o, stage, model, data, procs, out)
+
+
+def run(options: Options):
+    stage = STAGES[options.preset][options.stage]
+    chosen = {"steps": options.steps, "batch": options.batch_size, "lr": options.lr, "repa": options.repa}
+    stage = replace(stage, **{k: v for k, v in chosen.items() if v is not None})
+    if options.plan:
+        return plan(options, stage)
+    procs = Processes()
+    out = Path(options.out or f"runs/{Path(options.data).resolve().name}")
+    out.mkdir(parents=True, exist_ok=True)
+    trainer = set_up(options, stage, procs, out)
+    trainer.resume()
+    if trainer.step >= stage.steps:
+        print(f"stage {options.stage} in {out} is finished ({trainer.step} steps)")
+    else:
+        trainer.fit()
+
+
+if __name__ == "__main__":
+    try:
+        run(OPTIONS)
+    except UserError as e:
+        sys.exit(print(f"train.py: {e}", file=sys.stderr) or 2)
+    except Stopped as e:
+        sys.exit(print(f"train.py: {e}", file=sys.stderr) or 130)
