@@ -1,17 +1,1354 @@
-from contextlib import contextmanager
+"""Films and reports in, batches out: phantoms, data folders, cleaning, finding labels (ours).
+
+A film is uint8 (h, w), grey; a report is `FINDINGS: ... IMPRESSION: ...`. Sides are the patient's:
+the patient's left is on the viewer's right.
+
+    python data.py DIR        a first look at a data folder
+"""
+
+import argparse
+import contextlib
+import csv
+import fnmatch
+import functools
+import gzip
+import hashlib
+import itertools
+import json
+import operator
 import os
+import re
+import sys
+import textwrap
+import warnings
+import zlib
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+CLASSES = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity",
+           "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax",
+           "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices")
+
+
 class UserError(Exception):
-    """x"""
-@contextmanager
+    """A user's mistake: one line that says what is wrong and what to do."""
+
+
+@contextlib.contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`; it takes the name of `path` once it is whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Yields a temporary path beside `path`, which takes its name once it is whole and on disk."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield temporary
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-vae_pixels = vit_pixels = None
+
+
+# ---- label tables: regular expressions over lower-case whole words, "-" read as a space ----------
+HEARTS, MEDIASTINUM = r"(?:heart|cardiac|cardio ?mediastinal)", r"(?:cardio ?)?mediastin(?:um|al)"
+GAP = r"(?:(?!normal|unremark|enlarge|widen|with)[\w,/]+ ){0,9}?"   # from a noun to its verdict
+NORMAL_WORDS = r"(?:normal|unremarkable|not (?:\w+ )?(?:enlarged|widened))"
+MENTIONS = {  # class -> phrases that say it is there
+    "Enlarged Cardiomediastinum": rf"(?:widen|enlarge)\w* (?:\w+ ){{0,3}}{MEDIASTINUM}"
+        rf"|{MEDIASTINUM} {GAP}(?:widen|enlarge)\w*",
+    "Cardiomegaly": rf"cardiomegaly|(?:enlarge\w*|large|big|borderline) (?:of (?:the )?)?{HEARTS}"
+                    rf"|{HEARTS} {GAP}(?:enlarge\w*|(?:is|remains|appears) (?:\w+ )?large)",
+    "Lung Opacity": r"opaci\w+|air ?spaces? (?:disease|process)|infiltrat\w+|reticulation"
+        r"|(?:increased|patchy|streaky|hazy|linear|vague|ill defined|basilar|focal) densit\w+"
+        r"|(?:interstitial|reticular) (?:lung )?(?:\w+ )?(?:markings?|pattern|disease|thickening)",
+    "Lung Lesion": r"nodules?|nodular (?:lesions?|opaci\w+|densit\w+|mass\w*)|mass(?:es)?|tumou?rs?"
+        r"|neoplasms?|carcinomas?|cavitary \w+|cavitations?"
+        r"|(?:lung|pulmonary) (?:cancer|lesions?|metas\w+)",
+    "Edema": r"edema|heart failure|congestive failure|chf|congestion"
+        r"|vascula\w+ (?:prominence|engorgement|redistribution|indistinctness)"
+        r"|prominen\w+ (?:of the )?(?:\w+ )?(?:pulmonary )?vascula\w+",
+    "Consolidation": r"consolidat\w+|air ?spaces? (?:disease|process)|infiltrat\w+",
+    "Pneumonia": r"(?:broncho)?pneumonias?|pneumonitis|(?<!granulomatous )infecti\w+",
+    "Atelectasis": r"atelecta\w+|(?:lung|lobe|lobar) collapse|collapse of the \w+",
+    "Pneumothorax": r"(?:hydro)?pneumothora\w+",
+    "Pleural Effusion":
+        r"(?<!pericardial )effusions?|pleural fluid|hydropneumothora\w+|hemothora\w+|empyema",
+    "Pleural Other": r"pleural (?:\w+ )?(?:thickening|scar\w*|plaques?|calcifications?)|fibrothorax"
+                     r"|pleuro ?parenchymal (?:\w+ )?scar\w*",
+    "Fracture": r"fractur\w+",
+    "Support Devices":
+        r"catheters?|pace(?:maker|r)s?|piccs?|tubes?|(?:medi)?ports?|leads?|stents?|a?icd|drains?"
+        r"|\w*stimulators?|defibrillator|generator|devices?|hardware|dobbhoff|swan ganz"
+        r"|(?:prosthetic|mechanical|artificial) (?:\w+ )?valves?|valv\w+ (?:replacement|prosthesis)"
+        r"|(?:central|venous|ij|jugular|subclavian|arterial) lines?"
+        r"|lines?(?= (?:\w+ ){0,3}(?:tip|terminat|end|in place|position))"
+        r"|tips?(?= (?:\w+ ){0,6}(?:svc|cava|caval|cavoatrial|atri\w+|stomach|carina))"}
+NORMALS = {  # class -> phrases that say by themselves that it is not there
+    "Enlarged Cardiomediastinum":
+        rf"{MEDIASTINUM} {GAP}{NORMAL_WORDS}|normal (?:\w+ ){{0,3}}{MEDIASTINUM}",
+    "Cardiomegaly": rf"{HEARTS} {GAP}{NORMAL_WORDS}|normal (?:\w+ ){{0,2}}{HEARTS}",
+    "Lung Opacity": r"lungs? (?:\w+ ){0,4}clear(?! of)|clear (?:\w+ ){0,2}lungs?",
+    "Pleural Effusion": r"pleural spaces (?:\w+ )?clear"}
+NO_CUE = r"no (?:\w+ ){0,3}changes?(?: (?:in|of))?|(?:without|not) (?:\w+ )?changed?|not only"
+NOT = r"not(?! (?:\w+ ){0,2}(?:exclude|rule))"
+EXCLUDE = (r"(?:(?:is|are) )?(?:cannot|can not|not|difficult to) (?:be )?(?:\w+ )?"
+           r"(?:excluded?|ruled? out)")
+NEGATION = (  # cues in front of a mention, cues behind it
+    rf"no|{NOT}|without|negative for|n?either|nor|(?:resolution|removal) of"
+    r"|(?:free|clear|absence|lack|clearing) of|^ ?(?:interval )?resolved",
+    rf"(?:(?:is|are|was|were|has|have|may|can) )?(?:{NOT}|no longer)|: (?:no|none|absent|negative)"
+    r"|(?:(?:has|have) )?(?:been )?(?:completely )?(?:removed|resolved|cleared)|has been excluded"
+    r"|(?:is|are) (?:absent|(?:\w+ )?unlikely)|(?:is|are|appears?) (?:within|normal)")
+UNCERTAINTY = (
+    r"may|might|could|possibl[ey]|potential(?:ly)?|suggest\w*|suspect\w*|suspicious for|question\w*"
+    rf"|concern\w*|versus|vs|differential|correlate|evaluate for|equivocal|rule out|{EXCLUDE}",
+    rf"{EXCLUDE}|versus|vs|(?:(?:is|are) )?less likely"
+    r"|(?:is|are) (?:\w+ )?(?:possible|suspected)|(?:may|might|could) be (?:present|considered)"
+    r"|(?:is )?(?:\w+ )?(?:in the differential|consideration|possibility|concern)")
+CLAUSE_RE = re.compile(     # a cue reaches through its clause; these begin a new one
+    r";|\b(?:but|however|although|though|except|aside from|apart from|other than|otherwise|which"
+    r"|while|whereas|there (?:is|are)|and the)\b"
+    r"|\bwith (?=(?:\w+ )?(?:small|mild|moderate|large|bilateral|left|right)\b)"
+    r"|, (?=(?:\w+ )?(?:small|mild|moderate|large|left|right)\b)(?!.*(?:\b(?:n?or|and)\b|/))")
+SEVERITY = {  # in rising order
+    "mild": r"mild(?:ly)?|small|minimal(?:ly)?|slight(?:ly)?|tiny|trace|borderline|minor|subtle",
+    "moderate": r"moderate(?:ly)?|medium",
+    "severe": r"severe(?:ly)?|large|marked(?:ly)?|massive(?:ly)?|extensive|gross(?:ly)?|huge"
+              r"|substantial(?:ly)?|significant(?:ly)?"}
+BOTH = r"bilateral(?:ly)?|both|bibasilar|bibasal|biapical|(?:greater|larger|worse) (?:on|at|in) the"
+MIDLINE = ("Cardiomegaly", "Enlarged Cardiomediastinum")
+REPORT = (r"normal|unremarkable|clear|acute|disease|abnormalit\w+|findings?|chest|lungs?|heart"
+          r"|cardiac|thoracic|pulmonary|spine|bon[ey]\w*|osseous|ribs?|deformity|vertebra\w*")
+RANK = (0, -1, 1).index        # what wins when a report mentions a class more than once
+
+
+def whole_words(phrases, lead=""):
+    return re.compile(rf"{lead}(?<!\w)(?:{phrases})(?!\w)")
+
+
+MENTION_RE, NORMAL_RE, SEVERITY_RE = ({k: whole_words(p) for k, p in table.items()}
+                                      for table in (MENTIONS, NORMALS, SEVERITY))
+SIDE_RE = {s: whole_words(rf"(?<!to the ){s}|{BOTH}") for s in ("left", "right")}
+NO_CUE_RE, REPORT_RE = whole_words(NO_CUE), whole_words(REPORT)
+JOINT_RE = re.compile(r",|\b(?:and|or|with)\b")
+# between a mention and a cue behind it there is no other verb and no comma
+NEAR = r"(?:(?!\b(?:is|are|was|were|has|have|with|may|might|could)\b)[^,;]){0,40}?"
+CUES_RE = [(whole_words(front), whole_words(behind, NEAR))
+           for front, behind in (NEGATION, UNCERTAINTY)]
+
+
+def find_sides(phrase):
+    return frozenset(side for side, pattern in SIDE_RE.items() if pattern.search(phrase))
+
+
+@lru_cache(maxsize=1 << 16)
+def read_sentence(sentence):
+    """One lower-case sentence -> tuple of (class, 1 | 0 | -1, sides, severity), one a mention.
+
+    Side and severity stand between the joints (comma, and, or, with) next to the mention; a
+    mention that names no side takes the sides of its sentence.
+    """
+    sentence, found = NO_CUE_RE.sub(" ", sentence), []
+    cuts = [0, *(m.start() for m in CLAUSE_RE.finditer(sentence)), len(sentence)]
+    for clause in (sentence[a:b] for a, b in zip(cuts, cuts[1:])):
+        found += [(c, 0, frozenset(), "") for c, p in NORMAL_RE.items() if p.search(clause)]
+        mentions = [(c, m) for c, p in MENTION_RE.items() for m in p.finditer(clause)]
+        first = [front.search(clause) if mentions else None for front, _ in CUES_RE]
+        starts = sorted({m.start() for _, m in mentions})
+        joints = [(JOINT_RE.search(clause, a, b), b) for a, b in zip(starts, starts[1:])]
+        edges = [0, *(joint.start() if joint else b for joint, b in joints), len(clause)]
+        for c, m in mentions:
+            negated, unsure = (cue and cue.start() < m.start() or behind.match(clause, m.end())
+                               for cue, (_, behind) in zip(first, CUES_RE))
+            value = 0 if negated or " not " in m[0] else -1 if unsure else 1
+            i = starts.index(m.start())
+            phrase = clause[edges[i]:edges[i + 1]]
+            sides = find_sides(phrase) or find_sides("" if c in MIDLINE else sentence)
+            severity = [k for k, p in SEVERITY_RE.items() if p.search(phrase)]
+            found.append((c, value, sides, severity[-1] if severity else ""))
+    return tuple(found)
+
+
+def pieces(sentence):
+    """Cut what is too long for a sentence, so that time stays linear in the length of a text."""
+    return re.findall(r".{1,600}(?:\s|$)|.{600}", sentence)
+
+
+def find_mentions(text):
+    for sentence in re.split(r"[.!?]+(?:\s|$)|\n\s*\n|\n\s*[-*\d]+\s", text.lower()):
+        for piece in pieces(re.sub(r"[-_\s\0]+", " ", sentence.replace(":", " : "))):
+            yield from read_sentence(piece)
+
+
+def label_report(text):
+    """Report -> {class: 1 positive | 0 negative | -1 uncertain}; classes not mentioned are absent.
+
+    In the spirit of the CheXpert labeler (Irvin et al. 2019): phrases are found in findings and
+    impression, then a cue of negation or uncertainty in the same clause changes them; over a
+    report positive wins, then uncertain. "No Finding" is 1 when no class is positive or uncertain,
+    Support Devices aside (as in CheXpert); it is absent otherwise, or where nothing reads like a
+    report. Unlike CheXpert, "infiltrate" and "airspace disease" count as Consolidation too (ours).
+    """
+    labels, text = {}, "\n\n".join(split_sections(text).values())
+    for c, value, _, _ in find_mentions(text):
+        labels[c] = max(labels.get(c, 0), value, key=RANK)
+    found = any(v for c, v in labels.items() if c != "Support Devices")
+    if not found and (labels or REPORT_RE.search(text.lower())):
+        labels["No Finding"] = 1
+    return labels
+
+
+def locate(text):
+    """Report -> {positive class: {"sides": subset of {"left", "right"}, "severity": "" | "mild"
+    | "moderate" | "severe"}}; of several mentions all sides and the greatest severity."""
+    order, places = ["", *SEVERITY], {}
+    for c, value, sides, severity in find_mentions("\n\n".join(split_sections(text).values())):
+        if value == 1:
+            place = places.setdefault(c, {"sides": set(), "severity": ""})
+            place["sides"] |= sides
+            place["severity"] = max(place["severity"], severity, key=order.index)
+    return places
+
+
+# ---- sections and cleaning: rules instead of the paper's LLM (ours) ------------------------------
+HEADERS = {
+    "FINDINGS": r"findings?(?:(?: and |/)impressions?)?",
+    "IMPRESSION": r"impressions?|conclusions?|opinion",
+    "BODY": r"final (?:addendum|report)|wet read",      # prose of either kind follows
+    "SKIP": r"(?:type of )?exam(?:ination)?s?|study|procedure|indications?|clinical data|technique"
+            r"|(?:(?:clinical|medical) )?(?:history|information|indication)|comparisons?"
+            r"|reason for (?:this )?(?:exam(?:ination)?|study)|(?:notific|recommend)ations?"}
+NAMES, CAPITALS = "|".join(HEADERS.values()), r"[A-Z0-9 ,/&()-]{0,60}"
+HEADER_RE = re.compile(
+    rf"(?P<lead>^|[.!?:]\s|\s) ?(?P<name>{NAMES}) ?(?::|$)"
+    rf"|^(?-i:{CAPITALS}\b(?:CHEST|RADIOGRAPHS?|VIEWS?)\b{CAPITALS}):", re.I | re.M)
+
+
+def split_sections(text):
+    """Report -> {"FINDINGS": ..., "IMPRESSION": ...}, only those that it has.
+
+    Headers come in any order and case, with a colon or alone on a line. Without a FINDINGS header
+    the findings are what stands under no header: before the first one, after "FINAL REPORT" or
+    "CHEST, PA AND LATERAL:", or in paragraphs after a blank line. Without any header, everything.
+    """
+    text = re.sub(r"[^\S\n]+", " ", text)
+    sections = {"FINDINGS": "", "IMPRESSION": "", "BODY": ""}
+    section, start = "BODY", 0
+    for m in [*HEADER_RE.finditer(text), None]:
+        if m and m["lead"] == " " and not (m["name"].isupper() and m[0].endswith(":")):
+            continue                                    # "the following findings:" in a sentence
+        chunk = text[start:m.start() if m else len(text)]
+        if section == "SKIP":
+            section, chunk = "BODY", "".join(re.split(r"\n\s*\n", chunk, maxsplit=1)[1:])
+        sections[section] += "\n\n" + chunk
+        if m:
+            start, name = m.end(), m["name"] or ""
+            section = next((k for k, p in HEADERS.items() if re.fullmatch(p, name, re.I)), "BODY")
+    body = sections.pop("BODY")
+    sections["FINDINGS"] = sections["FINDINGS"] if sections["FINDINGS"].strip() else body
+    return {k: v.strip() for k, v in sections.items() if v.strip()}
+
+
+STUDY = (r"(?:views?|radiographs?|images?|imaging|films?|x-?(?:rays?|___)|exam(?:ination)?s?|study"
+         r"|studies|projections?|scans?|cts?|___)")
+VIEW = (rf"(?:{STUDY}|pa|ap|frontal|lateral|portable|upright|supine|chest|the|an?|of|on|at|from|for"
+        r"|in|dated|performed)")
+VIEWS = (rf"(?:{VIEW}|single|one|two|three|\d|and|as|with|was|were|is|are|obtained|provided"
+         r"|available|submitted|reviewed|patient|position|final|report|thorax)\b[\s,.()-]*")
+OLD = r"(?:prior|previous|last|earlier|old|preceding|outside|yesterday)"
+EARLIER = (  # "the prior study of ___", "___", "prior chest CT", ...
+    rf"(?=(?:(?:the|an?|most|recent|her|his|chest|from) )*(?:{OLD}|study|exam|ct|pa|___)\b)"
+    rf"(?:(?:{VIEW}|{OLD}|most|recent|multiple|her|his|same|day|today|comparison|and(?= lateral)"
+    r"|tomography|date|hours?)\b(?:,(?= ___))? *)+")
+SEEN = r"(?:seen|noted|demonstrated|described|visuali[sz]ed|identified|present|evident)"
+BE = r"(?:(?:that |which )?(?:is|are|has|have|has been|have been|appears?))"
+ADVERB = (r"(?:(?:also|otherwise|overall|not|very|somewhat|interval|significant|relevant|definite"
+          r"|substantial|further|appreciable|(?:significant|substantial|slight|mild|moderate|marked"
+          r"|minimal|relative|essential|gross|large|near|like)ly),? )*")
+DROPPED = {  # name -> pattern: sentences that go as a whole
+    "communication":
+        r"\b(?:discussed|communicated|notified|informed|relayed|conveyed|called|paged|reported"
+        r"|reviewed)\b.*(?:\b(?:dr|(?:tele)?phone|pager|physicians?|nurse|team|md|results?|resident"
+        r"|receipt)\b|___)|\bdr\b.*\b(?:discussed|notified|aware|telephone)\b|critical result",
+    "no earlier study":
+        rf"\bno (?:(?:relevant|recent|other|direct|available|chest) )*(?:comparison|{OLD})\b.*\b"
+        rf"(?:available|comparison|{STUDY})\b|^comparison|^(?:none|not) available|for .*comparison",
+    "removed device": r"\b(?:has|have) been (?:removed|discontinued)\b|\bremoval of\b|\bextubat",
+    "view": rf"^(?:{VIEWS})+$|\bexamination consists of|\bwere obtained\b",
+    "hidden subject":
+        r"^(?:the |visualized )?___ (?:___ )*(?:is|are|appears?|intact)\b",
+    "no change": rf"^{ADVERB}(?:there (?:is|has been|are) )?(?:no|little) (?:\w+ ){{0,3}}(?:change"
+                 r"|difference)s?(?: (?:from|since|in the interval|identified|seen).*)?\W*$"}
+REPHRASED = [  # (name, pattern, replacement): inside a sentence, in this order
+    ("time", r"\s*(?:\b(?:at|on|approximately) )*\b\d{1,2}:\d\d(?: ?hours| ?[ap]m)?\b", ""),
+    ("date", r"\b(?:\d{1,2}/\d{1,2}/\d{2,4}|\d{4}-\d\d-\d\d|(?:jan|feb|mar|apr|may|june?|july?|aug"
+     r"|sep|oct|nov|dec)[a-z]* \d{1,2},? \d{4})\b", "___"),
+    ("earlier study", r",?\s*(?:(?:\b(?:in|as|when|by) )?\b(?:compar(?:ed|ison)|relation)"
+     r"(?: is made)? (?:to|with|from)|\b(?:as )?(?:since|from|relative to|(?:to|than|on|with)"
+     rf"(?= (?:\w+ ){{0,2}}(?:prior|previous|earlier|ct)(?: (?:\w+ ){{0,2}}{STUDY}|\W*$)))"
+     rf"|\b(?:(?:that|which) )?(?:was |were )?not (?:\w+ )?{SEEN} (?:on|in)) {EARLIER}", " "),
+    ("technique", r"^(?:considering|accounting for|given) (?:differences in )?(?:technical factors"
+     r"|technique),?| (?:for|given) (?:the )?(?:ap |portable )*(?:technique|projection)\b", ""),
+    ("view shows", rf"^(?:{VIEWS})+(?:demonstrates?|shows?|reveals?)(?: that)? ", ""),
+    ("on a view", rf",?\s+(?:(?:(?:best|only|also|well) )*{SEEN} )?(?:only )?on (?:the )?"
+     r"(?:lateral|frontal|pa|ap) (?:view|projection|radiograph|image|film)s?\b", ""),
+    ("little change in", rf"(?:\bthere(?: has|'s) been )?\b(?:no|little|minimal) {ADVERB}change"
+     r" (?:in|of) (?:the )?(?:(?:appearance|position|size) of (?:the )?)?", ""),
+    ("again", rf"\b(?:(?:once )?again|previously|re-?demonstrat(?:ed|ion of))\b(?: {SEEN})?", ""),
+    ("resolved", r"^\s*(?:interval )?(?:resolved|resolution of)(?: the)? ", "no "),
+    ("has resolved", r"^\s*(?:the )?\s*([^,]*?),? (?:has|have) (?:\w+ )?resolved", r"no \1"),
+    ("has received", r"^\W*(?:the )?patient has received (?:an?|the) ", "there is a "),
+    ("remains", r"\b(?:remains|continues to be)\b", "is"),
+    ("remain", r"\b(?:remain|continue to be)\b", "are"),
+    ("has increased", rf"\b(?:has|have)(?: been)? {ADVERB}(?:increased|decreased|developed|appeared"
+     rf"|enlarged|improved|worsened|progressed|repositioned)(?: in size| in extent)?"
+     r"(?: and(?= is| are))?", ""),
+    ("is larger", rf"\b{BE} {ADVERB}(?:worse|larger|smaller)(?! than| on)", ""),
+    ("increase in", rf"\b(?:the )?{ADVERB}(?:(?:slight|mild) )?(?:increase|decrease|improvement"
+     r"|worsening|development) (?:in|of) (?:the )?(?:(?:size|extent) of (?:the )?)?",
+     ""),
+    ("increased effusion", rf"\b{ADVERB}(?:increas(?:ed|ing)|decreas(?:ed|ing)|larger|smaller)"
+     r" (?=(?:[\w-]+ ){0,4}(?:effusion|pneumo|edema|atelecta|consolid|congesti|cardiomeg|nodul"
+     r"|mass|opaci|infiltrat))", ""),
+    ("stable", rf"(?:(?<=normal )and )?\b{ADVERB}(?:without change|stable|(?:un)?changed|similar"
+     r"|the same|persist(?:ent|ing|ently)|worsen(?:ing|ed)|improv(?:ing|ed)|interval|progressive"
+     r"|resolving|evolving|new|residual|pre-?existing|now|in the inter(?:val|im))\b(?: appearing)?"
+     r"(?:,? (?:in|since|over) (?:the |overall )?(?:\w+ and )?(?:appearance|size|position|extent"
+     r"|interval|configuration))?(?: appearance of(?: the)?)?", ""),
+    ("is and", rf"\b({BE})\s+(?:and|but|with)(?= (?:\w+ )?(?:normal|not|within|unremarkable|at"
+     r"|enlarged|mild|borderline|clear|intact))", r"\1"),
+    ("verb alone", rf"(?<=there is)\s*,|,?\s*(?<!there )\b{BE}(?=\s*(?:[.,;]|$|and\b))", ""),
+    ("name", r",?\s*\b(?:by |with |to )?(?:dr|mr|mrs|ms) (?:(?-i:[A-Z]\w+)|___)(?: ___)*", ""),
+    ("no mark of", r"\bno (?:___ )+of (?:an? )?", "no "),
+    ("mark", r"\s*\b(?:(?:of|on|from|dated|since|by|at|in|with|to|for)(?: the)? )?(?:___[ /]*)+"
+     r"(?=\s*(?:[.,;]|$))|\s*___", ""),
+    ("spaces", r"\s+", " "),
+    ("doubled mark", r"\(\s*\)|[,;:](?=\s*[.,;:])| (?=[.,;:)])", ""),
+    ("bad start", r"^(?:[\W_]|(?:and|but|with|which|however|is|are)\b)+", ""),
+    ("bad end", r"(?:[\s,;:.!?-]|\b(?:and|or|but|with|that|the|is|are|of|not|significantly"
+     r"|slightly)\b)+$", ""),
+    ("nothing left", r"^(?:(?:this|findings?|the|and|of|is|are|has|have|with|in|a|heart|cardiac"
+     r"|size|cardio-?mediastinal|mediastin\w+|hilar|hila|silhouettes?|contours?|appearance|chest"
+     r"|lungs?|pulmonary|exam|aeration|basilar|no|structures|there|position|also|or|as|at|on|for|noted)\b"
+     r"\W*)*$", ""),
+]
+MARK_RE = re.compile(r"\[\*\*[^]]{0,80}\*\*\]|<?(?:_{2,}|X{3,})>?")
+TITLE_RE = re.compile(r"\b(Dr|Mr|Mrs|Ms|vs|[ap]\.m)\.", re.I)
+DROPPED_RE = {name: re.compile(p, re.I) for name, p in DROPPED.items()}
+REPHRASED_RE = {name: (re.compile(p, re.I), new) for name, p, new in REPHRASED}
+
+
+@lru_cache(maxsize=1 << 16)
+def clean_sentence(sentence):
+    """One sentence without what its image cannot show; "" where nothing is left."""
+    if any(p.search(sentence) for p in DROPPED_RE.values()):
+        return ""
+    for pattern, new in REPHRASED_RE.values():
+        sentence = pattern.sub(new, sentence)
+    return sentence and sentence[0].upper() + sentence[1:] + "."
+
+
+def join_sections(sections):
+    return " ".join(f"{k}: {' '.join(v.split())}" for k, v in sections.items() if v)
+
+
+def clean_report(text):
+    """Report -> "FINDINGS: ... IMPRESSION: ..." as the paper trains on, "" where nothing is left.
+
+    `DROPPED` and `REPHRASED` name what goes: de-identification marks, earlier studies, views,
+    technique, people, times. Change is restated as present ("increased effusion" -> "effusion").
+    """
+    cleaned = {}
+    for name, section in split_sections(text).items():
+        section = " ".join(MARK_RE.sub(" ___ ", section).replace("\0", " ").split())
+        section = TITLE_RE.sub(lambda m: m[1].replace(".", ""), section)
+        sentences = [p for s in re.split(r"(?<=[.!?])\s+", section) for p in pieces(s)]
+        cleaned[name] = " ".join(filter(None, map(clean_sentence, sentences)))
+    return join_sections(cleaned)
+
+
+def clean_checked(text):
+    """-> (cleaned report, True), or (its sections as they were, False) where a label changed."""
+    cleaned = clean_report(text)
+    if label_report(cleaned) == label_report(text):
+        return cleaned, True
+    return join_sections(split_sections(text)), False
+
+
+CLEAN_PROMPT = """Rewrite this chest X-ray report so that it says only what the image can show.
+Remove blanks left by de-identification, comparisons with earlier studies, views, technique, dates,
+and who was told. State change as present fact: "increased left effusion" becomes "left effusion".
+Keep each finding with its side, size, severity, certainty and negation, and add nothing. Answer
+"FINDINGS: ... IMPRESSION: ..." without a section that is empty.\n\nReport: {report}"""
+JUDGE_PROMPT = """Does the cleaned chest X-ray report keep every present or absent finding of the
+original (with side, size, severity, certainty), add none, and name no earlier study, view, date or
+person? Answer YES, or NO and the first fault.\n\nOriginal: {report}\n\nCleaned: {cleaned}"""
+
+
+# ---- phantoms: procedural films ------------------------------------------------------------
+# Drawn in chest coordinates: x = 0 on the midline and +-1 on the side walls, y = 0 at the apices and
+# 1 at the domes of the diaphragm. The patient's left is +x, the viewer's right.
+
+
+class Finding(NamedTuple):
+    """One finding; "" stands for not known or not applicable."""
+    name: str           # one of CLASSES, or an extra of NIH such as "Emphysema"
+    side: str = ""      # the patient's "left", "right" or "bilateral"
+    severity: str = ""  # "mild", "moderate", "severe"
+    place: str = ""     # "upper", "mid", "lower"; "apical", "lateral"
+    kind: str = ""      # "nodule", "mass"; the device
+
+
+class Film(NamedTuple):
+    image: np.ndarray   # uint8 (size, size)
+    findings: tuple
+    report: str
+    heart_ratio: float  # width of the heart over the inner width of the chest
+
+
+# ---- what can be found ---------------------------------------------------------------------------
+SIDES, GRADES, ZONES = ("left", "right"), ("mild", "moderate", "severe"), ("upper", "mid", "lower")
+DEVICES = {  # thickness in image widths, and the course if it is on the left
+    "endotracheal tube": (.016, (.02, -.4), (0, -.1), (0, .25)), "sternotomy wires": (.012,),
+    "central venous catheter": (.012, (.5, -.4), (.36, -.1), (.2, .08), (-.1, .22), (-.12, .5)),
+    "pacemaker": (.012, (.8, .23), (.4, .05), (-.1, .2), (-.14, .6), (.14, .93)),
+    "chest tube": (.020, (1.3, .95), (.85, .74), (.58, .45), (.55, .2))}
+CHOICES = {  # the weight of a finding, and what its fields are drawn from
+    "Enlarged Cardiomediastinum": (1.2, {"place": ("upper",)}),
+    "Cardiomegaly": (1., {"severity": GRADES}),
+    "Lung Opacity": (1.5, {"side": SIDES, "place": ZONES}),
+    "Lung Lesion": (1.1, {"side": SIDES, "place": ZONES, "kind": ("nodule", "mass")}),
+    "Edema": (1.4, {"severity": ("mild", "severe")}),
+    "Consolidation": (1.2, {"side": SIDES, "place": ZONES}),
+    "Atelectasis": (1.2, {"side": SIDES, "place": ("lower",)}),
+    "Pneumothorax": (1.2, {"side": SIDES, "severity": GRADES}),
+    "Pleural Effusion": (1.2, {"side": (*SIDES, "bilateral"), "severity": GRADES}),
+    "Pleural Other": (1.1, {"side": SIDES, "place": ("apical", "lateral")}),
+    "Fracture": (1.1, {"side": SIDES, "place": ZONES}),
+    "Support Devices": (.9, {"side": SIDES, "kind": tuple(DEVICES)})}
+NEEDS = {  # the zones that no other finding of the film may need on the same side
+    "upper": "upper", "mid": "mid", "lower": "lower base", "apical": "upper", "lateral": "mid",
+    "Cardiomegaly": "heart", "severe Cardiomegaly": "base", "Lung Opacity": "haze",
+    "Edema": "mid haze", "Pneumothorax": "upper", "moderate Pneumothorax": "mid base",
+    "severe Pneumothorax": "mid base", "Pleural Effusion": "lower",
+    "severe Pleural Effusion": "mid heart", "pacemaker": "upper", "chest tube": "mid"}
+
+
+def sample_findings(rng):
+    """A tuple: empty on 23% of the films, else one to four findings that do not hide each other."""
+    wanted = np.searchsorted((.23, .45, .73, .90), rng.random())
+    waits = rng.exponential(size=len(CHOICES)) / [weight for weight, _ in CHOICES.values()]
+    found, taken = [], set()
+    for _, name in sorted(zip(waits, CHOICES)):
+        if len(found) == wanted:
+            break
+        draws = zip(CHOICES[name][1].items(), rng.random(3).tolist())
+        f = Finding(name, **{field: of[int(u * len(of))] for (field, of), u in draws})
+        keys = f.name, f"{f.severity} {f.name}", f.place, f.kind
+        zones = {(side, zone) for side in ((f.side,) if f.side in SIDES else SIDES)
+                 for zone in " ".join(NEEDS.get(key, "") for key in keys).split()}
+        if not taken & zones:
+            central = f.kind in ("endotracheal tube", "sternotomy wires")
+            found.append(f._replace(side="") if central else f)
+            taken |= zones
+    return tuple(found)
+
+
+# ---- drawing -------------------------------------------------------------------------------------
+ANATOMY = {  # a person and an exposure, as uniform ranges; lengths in image widths
+    "width": (.325, .395), "height": (.50, .58), "top": (.10, .155), "middle": (.475, .525),
+    "tilt": (-.07, .07), "turn": (-.06, .06), "ratio": (.42, .48), "left_dome": (.02, .06),
+    "knob": (.05, .12), "stalk": (.16, .20), "rib_gap": (.125, .15), "rib_phase": (0, 1),
+    "ribs": (.05, .10), "breasts": (0, .08), "bubble": (-.09, 0), "vessels": (.14, .22),
+    "tree": (0, 6), "blur": (.008, .014), "gain": (.95, 1.1), "offset": (-.04, .04),
+    "gamma": (-.15, .15), "grain": (.008, .025), "roll_x": (0, 1), "roll_y": (0, 1)}
+HEART = {"mild": .54, "moderate": .60, "severe": .68}
+
+
+def sample_scene(rng):
+    """A dict: the quantities in ANATOMY, and "jitter", 14 x 4 uniforms, a row for each class."""
+    low, high = np.array(list(ANATOMY.values())).T
+    scene = dict(zip(ANATOMY, (low + (high - low) * rng.random(len(low))).tolist()))
+    return {**scene, "jitter": rng.random((len(CLASSES), 4)).tolist()}
+
+
+def heart_ratio(scene, findings):
+    """The cardiothoracic ratio that draw() gives to a scene with these findings."""
+    grade = {f.name: f.severity for f in findings}.get("Cardiomegaly")
+    return HEART[grade] + .35 * (scene["ratio"] - .45) if grade else scene["ratio"]
+
+
+@lru_cache(maxsize=8)
+def noise(size):
+    """Grain, coarse and fine mottle: a seamless tile each, two by two, (2 size, 2 size)."""
+    tiles = []
+    for waves in (size // 2, 6, 20):  # an image; the mottles are the same at every size
+        rng, spectrum = np.random.default_rng(waves), np.zeros((size, size // 2 + 1), complex)
+        values = rng.standard_normal((2 * waves, waves + 1, 2)) @ (1, 1j)
+        spectrum[np.arange(-waves, waves)[:, None], np.arange(waves + 1)] = values
+        spectrum[0, 0] = 0
+        tile = np.fft.irfft2(spectrum, (size, size))
+        tiles.append(np.tile(tile / tile.std(), (2, 2)).astype(np.float32))
+    return tiles
+
+
+@lru_cache(maxsize=8)
+def vessel_trees(size):
+    """(6, size, size): hila and branching vessels of an average chest."""
+    chest = Chest({k: (low + high) / 2 for k, (low, high) in ANATOMY.items()}, size)
+    trees, rng = np.zeros((6, size, size), np.float32), np.random.default_rng(1)
+
+    def grow(x, y, angle, length, thick, depth):
+        end = x + length * np.cos(angle), y + length * np.sin(angle)
+        chest.stroke(((x, y), end), thick, .4 + .2 * depth)
+        for turn in rng.uniform(.15, .6, 2) * (-1, 1):
+            if depth:
+                grow(*end, angle + turn, length * rng.uniform(.7, .95), .7 * thick, depth - 1)
+
+    for chest.image in trees:
+        for side, y in ((1, .42), (-1, .47)):
+            for angle in np.linspace(-1.35, 1.5, 7) + rng.uniform(-.15, .15, 7):
+                start = side * rng.uniform(.18, .28), y + .11 * np.sin(angle)
+                grow(*start, angle if side > 0 else np.pi - angle, rng.uniform(.1, .2), .014, 3)
+            box, r2 = chest.near(side * .24, y, .15, .16)
+            chest.image[box] += .4 * (1 - r2).clip(0, 1)
+    return trees
+
+
+def ramp(depth, soft):
+    """An edge: 0 where `depth` is below -soft / 2, 1 above soft / 2, straight between."""
+    return (depth * (1 / soft) + .5).clip(0, 1)
+
+
+def arch(x, y, wall=1., top=0.):
+    """Depth inside the outline of the lungs: 0 on the side walls and over the apices, at most 1."""
+    across = np.abs(x) - .42
+    across = np.maximum(across * (1 / (wall - .42)), across * (-1 / .42))
+    return 1 - np.sqrt(across * across + (np.maximum(.75 - y, 0) / (.75 - top)) ** 2)
+
+
+class Chest:
+    """A film while it is drawn. The methods named after classes paint a finding f; `sign` is that
+    of x on its side, `j` its four uniforms."""
+
+    def __init__(self, scene, size):
+        self.s, self.size, self.wide, self.high = scene, size, scene["width"], scene["height"]
+        self.soft = max(scene["blur"], 1.1 / size)  # width of an edge
+        at = (np.arange(size, dtype=np.float32) + .5) / size
+        self.y = ((at - scene["top"]) / self.high)[:, None].astype(np.float32)  # (size, 1)
+        lean = (at[:, None] - .5) * scene["tilt"]
+        self.x = ((at - scene["middle"] - lean) / self.wide).astype(np.float32)  # (size, size)
+        self.image = np.zeros((size, size), np.float32)  # densities: 0 air, about 1 metal
+
+    def box(self, x, y, rx, ry, margin=0.):
+        """The slices that hold a rectangle of half sides rx, ry and a margin in image widths."""
+        row = self.s["top"] + y * self.high
+        col = self.s["middle"] + x * self.wide + self.s["tilt"] * (row - .5)
+        high = ry * self.high + margin
+        wide = rx * self.wide + margin + abs(self.s["tilt"]) * high
+        return tuple(slice(max(0, int((at - r) * self.size)), max(0, int((at + r) * self.size) + 2))
+                     for at, r in ((row, high), (col, wide)))
+
+    def near(self, x, y, rx, ry):
+        """The slices around an ellipse, and (distance / radius)^2 in there."""
+        box = self.box(x, y, rx, ry)
+        return box, ((self.x[box] - x) / rx) ** 2 + ((self.y[box[0]] - y) / ry) ** 2
+
+    def stroke(self, points, thick, value):
+        """Lighten a polyline to `value`; `thick` is in image widths."""
+        for (x0, y0), (x1, y1) in zip(points, points[1:]):
+            dx, dy = (x1 - x0) * self.wide, (y1 - y0) * self.high
+            box = self.box((x0 + x1) / 2, (y0 + y1) / 2, abs(x1 - x0) / 2, abs(y1 - y0) / 2,
+                           thick + self.soft)
+            px, py = (self.x[box] - x0) * self.wide, (self.y[box[0]] - y0) * self.high
+            along = ((px * dx + py * dy) / (dx * dx + dy * dy)).clip(0, 1)
+            away = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
+            cover = (thick / self.soft + 1) / 2 - away / self.soft
+            cover = cover.clip(0, min(1, thick / self.soft))
+            np.maximum(self.image[box], value * cover, out=self.image[box])
+
+    def fill(self, mask, value, box=...):
+        """Raise the density towards `value`, and hide the vessels."""
+        self.image[box] += mask * np.maximum(value - self.image[box], 0)
+        self.vessels[box] *= 1 - mask
+
+    def borders(self, findings):
+        """(size, 1) each: how far the mediastinum reaches to the left and to the right of x = 0."""
+        s, y, total = self.s, self.y, 2 * heart_ratio(self.s, findings)
+        right = .28 + .4 * (total - .9)
+        stalk = s["stalk"] + .19 * any(f.name == "Enlarged Cardiomediastinum" for f in findings)
+        down = ((y - .46 + .2 * (total - .9)) / .52).clip(0, 1)  # from the heart's base to its apex
+        knob = s["knob"] * np.maximum(1 - ((y - .29) / .1) ** 2, 0) * (1 - down)
+        left = stalk + (total - right - stalk) * np.sin(np.pi / 2 * down) ** 1.4 + knob
+        right = stalk + (right - stalk) * np.sin(np.pi / 2 * np.minimum(1.7 * down, 1)) ** 1.4
+        sink = 1 - 3 * np.maximum(y - 1, 0) ** 2
+        return left * sink + s["turn"], right * sink - s["turn"]
+
+    def bones(self, ax):
+        """Add the back ribs, the fainter front ribs, the chest wall, collar bones and spine."""
+        s, y, soft, high = self.s, self.y, self.soft, self.high
+        ribs = np.zeros_like(ax)
+        for curve, ink in ((.42 * (ax - .35) ** 2, 1.), (-.38 * ax, .4)):
+            turns = (y - curve) * (1 / s["rib_gap"]) + s["rib_phase"]
+            away = np.abs(turns - np.floor(turns) - .5)
+            ribs += ink * s["ribs"] * ramp(.18 - away, soft / s["rib_gap"] / high)
+        self.image += ribs * ramp(self.depth + .05, .1) * (1 - .7 * ramp(y - 1.15, .3))
+        self.image += .08 * ramp(1.3 - y, .1) * (1 - np.abs(self.depth + .04) * 22).clip(0, 1)
+        box = self.box(0, .08, 1.1, .2)
+        bar = np.abs(y[box[0]] - .155 + (.21 - .10 * ax[box]) * ax[box]) * high
+        ends = ramp(1.08 - ax[box], .1) * ramp(ax[box] - .1, .1)
+        self.image[box] += .13 * ramp(.012 - bar, soft) * ends
+        box = self.box(0, .7, .16, 1.2)
+        disc = np.abs(y[box[0]] * 7 - np.floor(y[box[0]] * 7) - .5)
+        self.image[box] += ramp((.13 - ax[box]) * self.wide, soft) * (.01 + .13 * disc)
+
+    def thorax(self, findings):
+        """Paint the chest itself, and keep the masks that the findings need."""
+        s, x, y, soft, wide, ax = self.s, self.x, self.y, self.soft, self.wide, np.abs(self.x)
+        self.depth = arch(x, y)
+        self.inside = ramp(self.depth * (.58 * wide), soft)
+        rise = {f.side: .13 for f in findings if f.name == "Atelectasis"}
+        self.dome = {1: 1 + s["left_dome"] - rise.get("left", 0), -1: 1 - rise.get("right", 0)}
+        bow = ax - .5
+        dome = np.where(x > 0, *np.float32([self.dome[1], self.dome[-1]]))
+        below = ramp((y - dome - bow * bow * (.52 + .55 * bow)) * self.high, 1.3 * soft)
+        left, right = self.borders(findings)
+        heart = ramp((left - x) * wide, 1.5 * soft) * ramp((x + right) * wide, 1.5 * soft)
+        self.lung = self.inside * (1 - below) * (1 - heart)
+        skin = np.interp(y, (-.3, -.12, 0, .12, .5, 1, 1.8), (.42, .46, .8, 1.42, 1.36, 1.24, 1.2))
+        self.image = ramp((skin.astype(np.float32) - ax) * wide, .08) * (.50 - .06 * ax)
+        self.image += np.maximum(heart * (.12 - .1 * (x - .1) ** 2),
+                                 below * ((1.15 - ax) * 5).clip(0, 1) * .13)
+        self.image -= self.lung * .36
+        self.bones(ax)
+        box = self.box(0, -.1, .07, .45)  # the trachea
+        self.image[box] -= .10 * ramp((.05 - ax[box]) * wide, soft) * ramp(.34 - y[box[0]], .05)
+        for value, *place in ((.1, 1.32, .15, .24, .17), (.1, -1.32, .15, .24, .17),  # shoulders
+                              (s["breasts"], .55, .88, .46, .3), (s["breasts"], -.55, .88, .46, .3),
+                              (s["bubble"], .5, self.dome[1] + .17, .28, .1)):  # in the stomach
+            box, r2 = self.near(*place)
+            self.image[box] += value * (2 - 2 * r2).clip(0, 1)
+        shift = round((s["top"] - .1275) * self.size), round((s["middle"] - .5) * self.size)
+        tree = vessel_trees(self.size)[int(s["tree"])]
+        self.vessels = s["vessels"] * np.roll(tree, shift, (0, 1))
+        row, col = int(s["roll_y"] * self.size), int(s["roll_x"] * self.size)
+        self.grain, self.coarse, self.fine = (tile[row:row + self.size, col:col + self.size]
+                                              for tile in noise(self.size))
+
+    def spot(self, f, sign, j):
+        """The centre of a zone of a lung, jittered."""
+        x, y = {"upper": (.45, .26), "mid": (.53, .50), "lower": (.63, .74)}[f.place]
+        return sign * (x + .1 * j[0]), y + .08 * j[1]
+
+    def lung_opacity(self, f, sign, j):
+        box, r2 = self.near(*self.spot(f, sign, j), .42 + .1 * j[2], .20 + .05 * j[3])
+        mask = (1.5 - 1.5 * r2).clip(0, 1) * self.lung[box]
+        self.image[box] += mask * (.12 + .07 * self.fine[box].clip(-1.5, 1.5))
+
+    def consolidation(self, f, sign, j):
+        box, r2 = self.near(*self.spot(f, sign, j), .46 + .12 * j[2], .21 + .05 * j[3])
+        rough = .3 * self.coarse[box] + .08 * self.fine[box]
+        mask = (1.1 - 1.1 * r2 + rough).clip(0, .9) * self.lung[box]
+        self.image[box] -= 1.2 * mask * self.vessels[box]  # air bronchograms
+        self.fill(mask, .58, box)
+
+    def lung_lesion(self, f, sign, j):
+        radius, bumps = (.087 + .03 * j[2], .05) if f.kind == "mass" else (.038 + .008 * j[2], 0)
+        box, r2 = self.near(*self.spot(f, sign, j), radius / self.wide, radius / self.high)
+        inside = .83 - np.sqrt(r2) + bumps * self.coarse[box]
+        self.fill(ramp(radius * inside, self.soft), .58, box)
+
+    def edema(self, f, sign, j):
+        strength = .6 if f.severity == "mild" else 1.
+        self.vessels *= 1 + .9 * strength
+        for side in (-1, 1):
+            box, r2 = self.near(side * .42, .56, .62, .46)
+            haze = strength * (1.3 - 1.3 * r2).clip(0, 1) * (.25 + .05 * self.coarse[box])
+            self.image[box] += haze * self.lung[box]
+            for y in np.linspace(.68, .9, 5):  # Kerley lines
+                self.stroke(((side * .82, y), (side * .97, y)), .006, .3 + .3 * strength)
+
+    def atelectasis(self, f, sign, j):  # thorax() has raised the dome
+        for k in range(1 + (j[1] > .5)):
+            y = self.dome[sign] - .08 - .04 * j[0] - .09 * k
+            start, end = sign * (.38 + .1 * j[2]), sign * .9
+            self.stroke(((start, y), (end, y + .05 - .03 * k)), .018, .56)
+
+    def pneumothorax(self, f, sign, j):
+        gap = {"mild": .15, "moderate": .25, "severe": .38}[f.severity] * (.95 + .1 * j[0])
+        edge = arch(self.x, self.y, 1 - gap, .55 * gap) * (.5 * self.wide)
+        half = self.lung * (self.x * sign > 0)
+        air = half * ramp(-edge, self.soft)
+        self.vessels *= 1 - air
+        self.image -= .09 * air
+        line = 1 - np.abs(edge) * (1 / max(.010, .8 * self.soft))
+        self.image += .22 * half * line.clip(0, 1)
+
+    def pleural_effusion(self, f, sign, j):
+        level = {"mild": 1.12, "moderate": .88, "severe": .62}[f.severity] + .04 * (j[0] - .5)
+        climb = .8 * np.maximum(np.abs(self.x) - .4, 0) ** 2
+        mask = ramp((self.y - level + climb) * self.high, 2 * self.soft) * self.inside
+        self.fill(mask if f.side == "bilateral" else mask * (self.x * sign > 0), .66)
+
+    def pleural_other(self, f, sign, j):
+        y0, y1 = (-.2, .2) if f.place == "apical" else (.34 + .06 * j[0], .76 + .08 * j[1])
+        deep = (.18 + .06 * j[2]) * (1 + .12 * self.coarse) - self.depth
+        mask = ramp(deep * (.5 * self.wide), self.soft) * self.inside * (self.x * sign > 0)
+        self.fill(mask * (np.minimum(self.y - y0, y1 - self.y) * 14).clip(0, .9), .62)
+
+    def fracture(self, f, sign, j):  # two ends of one rib, a step apart, and callus
+        gap, phase = self.s["rib_gap"], self.s["rib_phase"]
+        rib = (round((self.spot(f, sign, j)[1] - .078) / gap + phase - .5) + .5 - phase) * gap
+        step = .065 if j[2] > .5 else -.065
+        for ends, shift in (((.46, .60, .74), 0), ((.74, .86, .97), step)):
+            self.stroke([(sign * x, rib + .42 * (x - .35) ** 2 + shift) for x in ends], .026, .66)
+        box, r2 = self.near(sign * .74, rib + .064 + step / 2, .07, .06)
+        self.image[box] += .2 * (1.5 - 1.5 * r2).clip(0, 1)
+
+    def support_devices(self, f, sign, j):
+        thick, *course = DEVICES[f.kind]
+        self.stroke([(sign * x if x > .15 else x, y) for x, y in course], thick, 1.05)
+        if f.kind == "pacemaker":
+            self.stroke([(sign * .74, .22), (sign * .86, .24)], .062, 1.05)
+        if f.kind == "sternotomy wires":
+            for y in np.linspace(.2, .85, 5):
+                self.stroke(((-.07, y), (.07, y + .03), (.07, y - .03), (-.07, y)), thick, 1.05)
+
+
+def draw(scene, findings, size):
+    """The film, uint8 (size, size), of a scene with findings; alike at every size from 64 px."""
+    chest = Chest(scene, size)
+    chest.thorax(findings)
+    for f in sorted(findings, key=lambda f: CLASSES.index(f.name)):
+        if f.name not in ("Enlarged Cardiomediastinum", "Cardiomegaly"):  # those are in borders()
+            paint = getattr(chest, f.name.lower().replace(" ", "_"))
+            paint(f, 1 if f.side == "left" else -1, scene["jitter"][CLASSES.index(f.name)])
+    image = chest.image + (chest.vessels + .012 * chest.fine) * chest.lung
+    image += scene["grain"] * chest.grain + scene["offset"]
+    image = (image * (1.15 * scene["gain"])).clip(0, 1)
+    image += scene["gamma"] * image * (1 - image)
+    return (image * 255).astype(np.uint8)
+
+
+def phantom(split, index, size):
+    """The Film number `index` of "train" or "val", a pure function of its arguments."""
+    rng = np.random.default_rng((("train", "val", "test").index(split), index))
+    scene, findings = sample_scene(rng), sample_findings(rng)
+    report = write_report(findings, rng)
+    return Film(draw(scene, findings, size), findings, report, heart_ratio(scene, findings))
+
+
+def heart_width(image):
+    """Measure the cardiothoracic ratio of a frontal film, uint8 (size, size), at 256 px.
+
+    Outwards from the midline, the first dark pixel of a row is the border of the heart; it counts
+    where it stands upright just above the diaphragm. Unseen, it is taken to be a normal heart's.
+    """
+    film = Image.fromarray(image).resize((256, 256), Image.BICUBIC).filter(ImageFilter.BoxBlur(3))
+    film, heart, chest = np.asarray(film, np.float32), 0, 0
+    middle = np.median(film[110:192, 118:138])
+    for half, normal, most in ((film[:, 127::-1], .28, .55), (film[:, 128:], .62, .93)):
+        wall = 61 + np.diff(half[70:150, 60:120].mean(0)).argmax()  # the steepest rise
+        rows, air = half[110:192], np.percentile(half[60:192, 12:wall], 10)
+        level = (np.median(rows[:, :10], 1) + rows[:, 12:wall].min(1)) / 2
+        dark = rows < np.minimum(level, (air + middle) / 2 + 6)[:, None]
+        dark[:, wall - 4:] = True
+        border = dark.argmax(1)
+        upright = np.abs(border[8:] - border[:-8]) < 5
+        seen = border[4:-4][upright & (border[4:-4] < most * wall) & (border[30] < wall - 4)]
+        heart += np.median(seen[-6:]) if len(seen) else normal * wall
+        chest += wall
+    return float(heart / chest)
+
+
+# ---- reports -------------------------------------------------------------------------------------
+NIH = {name: Finding(name) for name in (
+    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pneumonia", "Pneumothorax",
+    "Emphysema", "Fibrosis", "Hernia")} | {
+    "Effusion": Finding("Pleural Effusion"), "Infiltration": Finding("Lung Opacity"),
+    "Mass": Finding("Lung Lesion", kind="mass"), "Nodule": Finding("Lung Lesion", kind="nodule"),
+    "Pleural_Thickening": Finding("Pleural Other")}
+SAY = {  # phrases and sentences; the first is for the IMPRESSION and for findings without details
+    "Enlarged Cardiomediastinum": ("a widened mediastinum", "widening of the upper mediastinum",
+                                   "The mediastinum is widened."),
+    "Cardiomegaly": (
+        "{severity} cardiomegaly", "a {ly} enlarged heart", "The heart is {ly} enlarged."),
+    "Lung Opacity": ("a {lung} opacity", "a faint patchy opacity in the {lung} zone",
+                     "hazy opacity in the {lung}"),
+    "Lung Lesion": ("a {lung} {kind}", "a round {kind} in the {lung} zone",
+                    "a well-defined {kind} in the {lung}"),
+    "Edema": ("{severity} pulmonary edema", "{severity} perihilar pulmonary edema",
+              "{severity} pulmonary edema with vascular engorgement"),
+    "Consolidation": ("{lung} consolidation", "dense airspace consolidation in the {lung} zone",
+                      "consolidation with air bronchograms in the {lung}"),
+    "Atelectasis": ("{side} {basilar} atelectasis", "band-like atelectasis at the {side} lung base",
+                    "{side} basilar atelectasis with a raised hemidiaphragm"),
+    "Pneumothorax": ("a {size} {side} pneumothorax", "a {size} pneumothorax on the {side}",
+                     "a {size} {side} pneumothorax with a visible pleural edge"),
+    "Pleural Effusion": ("a {size} {side} pleural effusion", "a {size} {side} effusion",
+                         "a {size} {side} pleural effusion with a blunted costophrenic angle"),
+    "Pleural Other": (
+        "{side} {place} pleural thickening", "smooth {side} {place} pleural thickening"),
+    "Fracture": ("a displaced {side} rib fracture", "a displaced fracture of a {side} {place} rib",
+                 "a displaced {side} {place} rib fracture with callus"),
+    "Support Devices": ("a {side} {kind}",), "Pneumonia": ("pneumonia",),
+    "Emphysema": ("emphysema",), "Fibrosis": ("fibrotic changes",), "Hernia": ("a hiatal hernia",)}
+FRAMES = ("There {is} {it}.", "{it} {is} present.", "{it} {is} seen.", "{it}.")
+ABSENT = {  # a sentence and the findings that it denies
+    "The lungs are clear.": "Lung Opacity, Lung Lesion, Edema, Consolidation, Pneumonia, "
+                            "Atelectasis, Emphysema, Fibrosis",
+    "There is no pleural effusion or pneumothorax.": "Pleural Effusion, Pneumothorax",
+    "No pleural effusion.": "Pleural Effusion", "No pneumothorax.": "Pneumothorax",
+    "The cardiomediastinal silhouette is unremarkable.": "Cardiomegaly, Enlarged Cardiomediastinum",
+    "Heart size is normal.": "Cardiomegaly", "The heart is normal in size.": "Cardiomegaly",
+    "The mediastinum is not widened.": "Enlarged Cardiomediastinum",
+    "No focal consolidation.": "Consolidation", "No pulmonary edema.": "Edema",
+    "No pulmonary nodule or mass.": "Lung Lesion", "No rib fracture is seen.": "Fracture",
+    "No acute osseous abnormality.": "Fracture", "No pleural thickening.": "Pleural Other",
+    "No focal atelectasis.": "Atelectasis"}
+NORMAL = ("No acute cardiopulmonary process.", "No acute cardiopulmonary abnormality.",
+          "Normal chest radiograph.")
+
+
+def sentence(f, phrase, frame):
+    """A finding in words; the slots of what is not known vanish."""
+    slots = f._asdict() | {
+        "size": {"mild": "small", "severe": "large"}.get(f.severity, f.severity),
+        "ly": f.severity and f.severity + "ly", "basilar": "basilar" if f.place else "",
+        "lung": f"{f.side} {f.place} lung" if f.side else "lung",
+        "kind": f.kind or ("nodule" if f.name == "Lung Lesion" else "support device")}
+    text = " ".join(phrase.format(**slots).split())
+    text = text.replace("effusion", "effusions") if f.side == "bilateral" else text
+    many = re.search("effusions|wires|changes", text)
+    text = text.removeprefix("a ") if many or frame == "{it}." else text
+    text = re.sub(r"\ba(?= [aeiou])", "an", text)
+    if not text.endswith("."):
+        text = frame.format(it=text, **{"is": "are" if many else "is"})
+    return text[0].upper() + text[1:]
+
+
+def write_report(findings, rng):
+    """"FINDINGS: ... IMPRESSION: ...": all the findings, and denials of some that are not there.
+
+    rng: a numpy Generator. About 25 to 55 words.
+    """
+    def pick(options):
+        return options[rng.integers(len(options))]
+
+    lines, summary, known = [], [], {f.name for f in findings}
+    for f in findings:
+        plain = len(findings) > 2 or not (f.side or f.severity or f.place)
+        lines.append(sentence(f, pick(SAY[f.name][:1] if plain else SAY[f.name]), pick(FRAMES)))
+        summary.append(sentence(f, SAY[f.name][0], "{it}."))
+    summary = " ".join(summary) or pick(NORMAL)
+    enough = rng.integers(28, 45) - len(summary.split())
+    for k in rng.permutation(len(ABSENT)):
+        text, denied = list(ABSENT.items())[k]
+        if known.isdisjoint(denied.split(", ")) and len(" ".join(lines).split()) < enough:
+            lines.append(text)
+            known.update(denied.split(", "))
+    rng.shuffle(lines)
+    return f"FINDINGS: {' '.join(lines)} IMPRESSION: {summary}"
+
+
+# ---- films -------------------------------------------------------------------------------------
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # no EPS: that would start Ghostscript
+
+
+def read_image(path, at_least=0):
+    """File -> uint8 (h, w) grey, upright as its EXIF says. UserError if it is no readable image.
+
+    Deeper than 8 bits: the lowest value becomes black and the highest white, so a 12-bit film in a
+    16-bit file keeps its contrast. What is transparent becomes black, like padding. `at_least`: a
+    JPEG may be decoded at 1/2, 1/4 or 1/8 with no side shorter than that (several times faster).
+    """
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not a file; give the path of an image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL on odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # by the header
+            with Image.open(path, formats=FORMATS) as film:
+                if at_least:
+                    film.draft("L", (at_least, at_least))
+                return grey(ImageOps.exif_transpose(film))
+    except Exception as error:  # PIL raises a dozen kinds for broken files
+        problem = " ".join(str(error).split()) if os.path.getsize(path) else "it is empty"
+        raise UserError(f"{path} is no readable image ({problem}); give a whole PNG, JPEG or TIFF "
+                        f"of at most {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
+
+
+def grey(film):
+    if film.mode[0] in "IF":  # I;16, I, F
+        x = np.asarray(film).astype(np.float64)
+        x = np.where(np.isfinite(x), x, np.nan)
+        low, high = np.nanmin(x), np.nanmax(x)
+        return np.nan_to_num((x - low) * (255 / max(high - low, 1e-30))).round().astype(np.uint8)
+    if film.has_transparency_data:
+        film = film.convert("RGBA")
+        film = Image.alpha_composite(Image.new("RGBA", film.size, "black"), film)
+    return np.array(film.convert("L"))
+
+
+def square(image, size):
+    """uint8 (h, w) -> (size, size): scaled with antialiasing and centred on black [P]."""
+    h, w = (max(1, round(side * size / max(image.shape))) for side in image.shape)
+    top, left = (size - h) // 2, (size - w) // 2
+    padded = np.zeros((size, size), np.uint8)  # after scaling: a long thin film costs no memory
+    film = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3)
+    padded[top:top + h, left:left + w] = film
+    return padded
+
+
+def vit_pixels(images):
+    """uint8 (b, h, w) -> float (b, 3, h, w), as the ViT wants it (released code)."""
+    return ((images.float() / 255 - .555895) / .336385)[:, None].expand(-1, 3, -1, -1)
+
+
+def vae_pixels(images):
+    """uint8 (b, h, w) -> float (b, 3, h, w) in [-1, 1], as the VAE wants it (released code)."""
+    return (images.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+
+
+# ---- tables ------------------------------------------------------------------------------------
+class Dropped(dict):
+    """Reason -> [count, first example]: nothing is left out without a word."""
+    rows = 0  # how many were read
+
+    def add(self, reason, example):
+        self.setdefault(reason, [0, str(example)])[0] += 1
+
+    def lines(self):
+        return [f"{count:,} of {self.rows:,} {reason}: first {example}"
+                for reason, (count, example) in self.items()]
+
+
+def table(path, columns, dropped):
+    """Yield the wanted columns of a .csv, .csv.gz or .jsonl file, a tuple a row.
+
+    "a|b" is the first of these columns that the file has; "a?" may be absent and is then "".
+    UserError if the file cannot be read or lacks a column.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+            lines = (line.replace("\0", "") for line in file)
+            rows = json_rows(lines) if path.suffix == ".jsonl" else csv.reader(lines)
+            header, at = [name.strip().lower() for name in next(rows, [])], []
+            for column in columns:
+                names = [name for name in column.rstrip("?").split("|") if name in header]
+                if not names and column[-1] != "?":
+                    raise UserError(f"{path} has no column '{column}', only "
+                                    f"{', '.join(header)[:200] or 'an empty first line'}; add it")
+                at.append(header.index(names[0]) if names else -1)
+            pick, last = operator.itemgetter(*at), max(at)
+            for row in rows:
+                if len(row) > last:
+                    row.append("")  # what an absent column, -1, picks
+                    yield pick(row)
+                elif row:
+                    dropped.add(f"rows of {path.name} cut short, skipped", row[0])
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}); mend it or copy it again") from None
+
+
+def json_rows(lines):
+    """JSON objects, one a line, as csv.reader would give them: the header, then lists."""
+    keys = []
+    for at, line in enumerate(lines, 1):
+        try:
+            record = {"caption": "", "split": "", "id": "", **json.loads(line)}
+        except (ValueError, TypeError, RecursionError):
+            raise csv.Error(f"line {at} is no JSON object") from None
+        if not keys:
+            keys = list(record)
+            yield keys
+        texts = ("" if record.get(key) is None else str(record[key]) for key in keys)
+        yield [text.encode(errors="replace").decode() for text in texts]  # lone surrogates
+
+
+def hash_split(key, test=None):
+    """80/10/10 by a hash of `key`, or 90/10/0 where `test` says if it is of a given test set."""
+    tenth = hashlib.sha256(key.encode()).digest()[0] % 10
+    test = tenth == 9 if test is None else test
+    return "test" if test else "val" if tenth == 8 else "train"
+
+
+def listing(folder):
+    """The set of names in a folder; none if it is no folder or may not be read."""
+    with contextlib.suppress(OSError):
+        return set(os.listdir(folder))
+    return set()
+
+
+# ---- layouts -----------------------------------------------------------------------------------
+class Item(NamedTuple):
+    """A film. The films of one study share `id`, the name of their report."""
+    id: str
+    path: str          # below the data folder
+    report: str        # as found: its text, or the name of its file (MIMIC), or labels (NIH)
+    caption: str = ""  # what to draw it from, if that is not the report
+
+
+def mimic_rows(root, dropped, splits, views):
+    columns = ("dicom_id", "viewposition")
+    frontal = {name for name, view in table(views[0], columns, dropped) if view in ("AP", "PA")}
+    columns = ("dicom_id", "study_id", "subject_id", "split")
+    for name, study, subject, split in table(splits[0], columns, dropped):
+        folder = f"files/p{subject[:2]}/p{subject}/s{study}"
+        if name in frontal:
+            yield split, Item(f"s{study}", f"{folder}/{name}.jpg", f"{folder}.txt")
+        else:
+            dropped.add("films not frontal (AP, PA), skipped", name)
+
+
+def iu_rows(root, dropped, reports, projections):
+    films = {}
+    for uid, name, view in table(projections[0], ("uid", "filename", "projection"), dropped):
+        if view == "Frontal":
+            films.setdefault(uid, []).append(name)
+        else:
+            dropped.add("films not frontal, skipped", name)
+    folders = "images/images_normalized", "images_normalized", "images"
+    folder = next((f for f in folders if listing(root / f)), "images")
+    for uid, *parts in table(reports[0], ("uid", "findings", "impression"), dropped):
+        named = zip(("FINDINGS: ", "IMPRESSION: "), parts)
+        text = " ".join(name + part.strip() for name, part in named if part.strip())
+        if uid not in films:
+            dropped.add("reports without a frontal film, or repeated, skipped", uid)
+        for name in films.pop(uid, ()):
+            yield hash_split(uid), Item(uid, f"{folder}/{name}", text)
+    for name in itertools.chain(*films.values()):
+        dropped.add("films without a report, skipped", name)
+
+
+def nih_rows(root, dropped, entries):
+    folders = [str(p.relative_to(root)) for p in (root / "images", *root.glob("images_*/images"))]
+    where = {name: folder for folder in folders for name in listing(root / folder)}
+    official = root / "test_list.txt"
+    tests = set(official.read_text("latin-1").split()) if official.exists() else None
+    columns, known = ("image index", "finding labels", "patient id"), {*NIH, "No Finding"}
+    for name, labels, patient in table(entries[-1], columns, dropped):
+        if known.issuperset(labels.split("|")):
+            split = hash_split(patient, None if tests is None else name in tests)
+            yield split, Item(name, f"{where.get(name, 'images')}/{name}", sys.intern(labels))
+        else:
+            dropped.add("films with an unknown label, skipped", f"{name} ({labels})")
+
+
+def listed_rows(root, dropped, files):
+    """metadata.csv / .jsonl, or CheXGenBench's tables of training and of test prompts."""
+    columns = ("image|path|image_path|img_path|filename", "report|annotated_prompt",
+               "caption|annotated_prompt?", "split?", "id?")
+    for file in files:
+        named = re.search(r"(?<![a-z])(train|test)(?![a-z])", file.name.lower())
+        for path, report, caption, split, name in table(file, columns, dropped):
+            path = re.sub(r"^(?=p\d\d/)", "files/", path.replace("\\", "/"))  # inside MIMIC
+            patient = re.search(r"p\d{8}", path) or [path]
+            split = split or hash_split(patient[0], named and named[0] == "test")
+            yield split, Item(name or path, path, report, caption)
+
+
+LAYOUTS = {  # name: rows(root, dropped, files of each mark) -> (split, Item), and its marks
+    "MIMIC-CXR-JPG": (mimic_rows, "mimic-cxr-2*-split.csv*", "mimic-cxr-2*-metadata.csv*"),
+    "IU / Open-i": (iu_rows, "indiana_reports.csv*", "indiana_projections.csv*"),
+    "NIH ChestX-ray14": (nih_rows, "Data_Entry_2017*.csv*"),
+    "CheXGenBench": (listed_rows, "LLAVARAD_ANNOTATIONS_*.csv"),
+    "plain folder": (listed_rows, "metadata.csv*"),
+    "plain JSON folder": (listed_rows, "metadata.jsonl"),
+    "table of prompts": (listed_rows, "*.csv")}
+ENDLESS = 1 << 40
+SPLITS = {"tra": "train", "val": "val", "dev": "val", "tes": "test"}  # validate, testing, ...
+
+
+def read_data(source, size, task="report"):
+    """'phantom' or a data folder (or one table of it) -> {"train", "val", "test": Dataset}.
+
+    No image is looked at. Where CheXGenBench's prompts lie in another layout's folder, the task
+    "image" takes these. UserError if there is no such folder, or if its layout is unknown.
+    """
+    root, dropped, cleaned = Path(source), Dropped(), {}
+    splits = {"train": range(ENDLESS), "val": range(512), "test": range(512)}
+    if source == "phantom":
+        return {k: Dataset(root, source, k, v, size, dropped, cleaned) for k, v in splits.items()}
+    files = sorted(root / name for name in listing(root)) or [root] * os.path.isfile(root)
+    root = root.parent if files == [root] else root
+    found = {name: [[f for f in files if fnmatch.fnmatch(f.name, mark)] for mark in marks]
+             for name, (_, *marks) in LAYOUTS.items()}
+    found = {name: tables for name, tables in found.items() if all(tables)}
+    if not found:
+        wanted = "; ".join(f"{name} ({', '.join(marks)})" for name, (_, *marks) in LAYOUTS.items())
+        problem = "holds no known layout" if os.path.exists(source) else "does not exist"
+        raise UserError(f"{source} {problem}; give 'phantom' or a folder of one of: {wanted}")
+    layout = "CheXGenBench" if "CheXGenBench" in found and task == "image" else next(iter(found))
+    splits, seen = {"train": [], "val": [], "test": []}, set()
+    for name, item in LAYOUTS[layout][0](root, dropped, *found[layout]):
+        split = SPLITS.get(name.strip().lower()[:3])
+        reason = ("rows of an unknown split" if not split else
+                  "rows without an image" if not item.path else
+                  "paths out of the data folder" if item.path[0] == "/"
+                  or "/../" in f"/{item.path}/" else
+                  "images listed before" if item.path in seen else
+                  "empty reports" if not item.report.strip() else "")
+        if reason:
+            dropped.add(f"{reason}, skipped", f"{item.path} {name}")
+        else:
+            seen.add(item.path)
+            splits[split].append(item)
+    dropped.rows = len(seen) + sum(count for count, _ in dropped.values())
+    if (root / "cleaned.jsonl").exists():
+        cleaned = dict(table(root / "cleaned.jsonl", ("id", "report"), dropped))
+        for name in cleaned.keys() - {item.id for items in splits.values() for item in items}:
+            dropped.add("lines of cleaned.jsonl of unknown id, unused", name)
+    return {k: Dataset(root, layout, k, v, size, dropped, cleaned) for k, v in splits.items()}
+
+
+def open_data(source, split, size, task="report"):
+    """-> the Dataset of a split of 'phantom' or of a data folder, its images known to be there."""
+    data = read_data(source, size, task)[split]
+    data.drop_missing()
+    return data
+
+
+# ---- data sets and batches ---------------------------------------------------------------------
+UNREADABLE, EMPTY = "images unreadable, skipped", "reports missing or empty, skipped"
+UNCLEANED = "reports kept uncleaned"
+
+
+class Dataset:
+    """The films and reports of a split, decoded and cleaned when they are asked for.
+
+    ds[i] is {"image": uint8 (size, size), "report", "caption", "index", ...}. For a broken film or
+    an empty report the next good item stands in (its index is given), and `dropped` counts it.
+    UserError if over 5% of the images are missing or, of 20 or more decoded, unreadable.
+    """
+
+    def __init__(self, root, layout, split, items, size, dropped, cleaned):
+        self.root, self.layout, self.split, self.items, self.size = root, layout, split, items, size
+        self.dropped, self.cleaned, self.seen, self.unreadable = dropped, cleaned, set(), 0
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        sample = self.fetch(range(len(self))[index])
+        self.account([sample])
+        return sample
+
+    def __getitems__(self, indices):  # what a DataLoader worker calls: its counts would be lost
+        return [self.fetch(index) for index in indices]
+
+    def fingerprint(self):
+        """A name for caches: changes with the layout, the split, the size and any item."""
+        name = repr((self.layout, self.split, self.size, self.items))
+        return hashlib.sha256(name.encode()).hexdigest()[:16]
+
+    def drop_missing(self):
+        """Leave out and count the items whose image is not there; lists every folder once."""
+        if not self.items:
+            why = "; ".join(self.dropped.lines()) or "its table has no rows of it"
+            raise UserError(f"{self.root} ({self.layout}) has no {self.split} split: {why}")
+        if self.layout == "phantom":
+            return
+        names = functools.cache(lambda folder: listing(os.path.join(self.root, folder)))
+        where = (item.path.rpartition("/") for item in self.items)
+        there = [name in names(folder) for folder, _, name in where]
+        missing = [item.path for item, found in zip(self.items, there) if not found]
+        if len(missing) > .05 * len(self):
+            raise UserError(f"{len(missing):,} of {len(self):,} images of the {self.split} split "
+                            f"are missing; the first is expected at {self.root / missing[0]}")
+        for path in missing:
+            self.dropped.add("images missing, skipped", path)
+        self.items = [item for item, found in zip(self.items, there) if found]
+
+    def raw(self, i):
+        """The i-th report as it was found: "" if its file is missing."""
+        text = self.items[i].report
+        if self.layout != "MIMIC-CXR-JPG":
+            return text
+        for folder in ("mimic-cxr-reports", ""):
+            with contextlib.suppress(OSError):
+                return (self.root / folder / text).read_text(errors="replace")
+        return ""
+
+    def text(self, i):
+        """-> the i-th report in the form FINDINGS: ... IMPRESSION: ..., and whether it is clean."""
+        if self.layout == "phantom":
+            return phantom(self.split, i, 64).report, True
+        item = self.items[i]
+        if item.id in self.cleaned:
+            return self.cleaned[item.id], True
+        if item.caption == item.report:  # CheXGenBench's prompts are clean
+            return item.report, True
+        if self.layout == "NIH ChestX-ray14":  # has no reports: one is written, always the same
+            found = [NIH[label] for label in item.report.split("|") if label in NIH]
+            return write_report(found, np.random.default_rng([*item.id.encode()])), True
+        return clean_checked(self.raw(i))
+
+    def fetch(self, index):
+        """ds[index] with "notes", [(index, reason, path)] of what it replaces; counts nothing."""
+        if self.layout == "phantom":
+            film = phantom(self.split, index, self.size)
+            return {"image": film.image, "report": film.report, "caption": film.report,
+                    "index": index, "notes": [(index, "", "")]}
+        n, notes = len(self), []
+        for i in range(index, index + min(n, max(20, n // 20 + 1))):  # more is over 5% for sure
+            item, (report, clean) = self.items[i % n], self.text(i % n)
+            image, reason = None, "" if clean else UNCLEANED
+            try:
+                image = square(read_image(self.root / item.path, 2 * self.size), self.size)
+            except UserError:
+                reason = UNREADABLE
+            notes.append((i % n, reason if report else EMPTY, item.path))
+            if report and image is not None:
+                break
+        return {"image": image, "report": report, "caption": item.caption or report,
+                "index": i % n, "notes": notes}
+
+    def account(self, samples):
+        """Count what is new in the samples' notes. UserError where too much is broken."""
+        if self.layout == "phantom":
+            return
+        for i, reason, path in itertools.chain(*(sample["notes"] for sample in samples)):
+            if reason and i not in self.seen:
+                if reason not in self.dropped:
+                    print(f"{path}: {reason}; from here on only counted", file=sys.stderr)
+                self.dropped.add(reason, path)
+                self.unreadable += reason == UNREADABLE
+            self.seen.add(i)
+        lost = any(sample["notes"][-1][1] in (UNREADABLE, EMPTY) for sample in samples)
+        enough = max(len(self.seen), min(len(self), 400))  # else a few early ones stop a good run
+        if lost or len(self.seen) >= 20 and self.unreadable > .05 * enough:
+            raise UserError(f"too much of {self.root} is broken; mend or remove it: "
+                            + "; ".join(self.dropped.lines()))
+
+
+@functools.lru_cache(2)
+def shuffled(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
+def order(n, batch_size, seed, step, part):
+    """Yield the indices of batch `step` and of all after it, of each only the slice `part`."""
+    for k in itertools.count(step):
+        places = range(k * batch_size, (k + 1) * batch_size)[part]
+        if n == ENDLESS:
+            yield [*places]
+        else:
+            yield [int(shuffled(n, seed, place // n)[place % n]) for place in places]
+
+
+def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
+    """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)}
+    (or whatever the data set's samples hold: texts as lists, all else stacked).
+
+    The k-th depends on (seed, k) alone, so start_step resumes, and `workers` changes nothing.
+    Rank r of `world` gets its b = batch_size / world rows of each batch.
+    """
+    import torch
+    if batch_size % world:
+        raise UserError(f"a batch of {batch_size} does not divide among {world} processes")
+    b = batch_size // world
+    rows = order(len(dataset), batch_size, seed, start_step, slice(rank * b, (rank + 1) * b))
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=rows, collate_fn=list,
+                                         num_workers=workers, generator=torch.Generator())
+    for samples in loader:
+        dataset.account(samples)
+        rows = {key: [s[key] for s in samples] for key in samples[0] if key != "notes"}
+        yield {key: row if isinstance(row[0], str) else torch.as_tensor(np.stack(row))
+               for key, row in rows.items()}
+
+
+# ---- a first look ------------------------------------------------------------------------------
+def sheet(images, captions, columns, path):
+    """Write a PNG of films, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
+    font, cells, gap = ImageFont.load_default(13), [], 8
+    for image, caption in zip(images, captions):
+        film = Image.fromarray(np.asarray(image)).convert("RGB")
+        film = ImageOps.scale(film, max(1, round(192 / max(film.size))), Image.Resampling.NEAREST)
+        width, place = max(192, film.width), (0, film.height + 4)
+        letter = font.getlength(caption.replace("\n", " ") or " ") / max(1, len(caption))
+        lines = (textwrap.fill(line, int(.9 * width / letter)) for line in caption.split("\n"))
+        text = "\n".join(lines)
+        bottom = ImageDraw.Draw(film).multiline_textbbox(place, text, font=font)[3]
+        cell = Image.new("RGB", (width + gap, round(bottom) + 2 * gap), "white")
+        cell.paste(film)
+        ImageDraw.Draw(cell).multiline_text(place, text, "black", font)
+        cells.append(cell)
+    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
+    rows, columns = -(-len(cells) // columns), min(columns, len(cells))
+    page = Image.new("RGB", (gap + width * columns, gap + height * rows), "white")
+    for i, cell in enumerate(cells):
+        page.paste(cell, (gap + width * (i % columns), gap + height * (i // columns)))
+    with atomic(path) as temporary:
+        page.save(temporary, "PNG")
+
+
+def save_film(image, path):
+    """Writes one uint8 film as PNG, whole or not at all."""
+    with atomic(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG")
+
+
+def first_look(source, out):
+    """Print what a data folder holds and what was left out; draw eight of its films."""
+    splits = read_data(source, size=256)
+    data = next((d for d in splits.values() if len(d)), splits["train"])
+    sizes = (f"{name} {len(d):,}" if len(d) < ENDLESS else f"{name} without end"
+             for name, d in splits.items())
+    print(f"{source}: {data.layout}. Films: {', '.join(sizes)}")
+    try:
+        data.drop_missing()
+    except UserError as error:
+        if not len(data):
+            raise
+        print(f"{error}. No films drawn")
+    else:
+        films = [data[i] for i in range(min(8, len(data)))]
+        sheet([f["image"] for f in films], [f["report"] for f in films], 4, out)
+        print(f"{out}: films of the {data.split} split")
+    texts = [data.text(i)[0] for i in range(0, len(data), -(-len(data) // 2000))]
+    low, mid, high = np.percentile([len(text.split()) for text in texts], (5, 50, 95))
+    print(f"{len(texts):,} reports of {mid:.0f} words, 5-95%: {low:.0f}-{high:.0f}")
+    labels = [label_report(text) for text in texts]
+    print(f"{'':28}positive uncertain negative")
+    for name in CLASSES:
+        marks = [label.get(name) for label in labels]
+        print(f"{name:28}{marks.count(1):8}{marks.count(-1):10}{marks.count(0):9}")
+    for line in data.dropped.lines():
+        print(f"left out: {line}")
+
+
+def export_prompts(source, path):
+    """Write a line {"id", "clean", "judge"} a report: prompts for a language model that cleans."""
+    splits = read_data(source, size=256)
+    if splits["train"].layout in ("phantom", "NIH ChestX-ray14"):
+        raise UserError(f"{source} has no written reports to clean")
+    reports = {item.id: d.raw(i) for d in splits.values() for i, item in enumerate(d.items)}
+    lines = (json.dumps({"id": name, "clean": CLEAN_PROMPT + raw, "judge": JUDGE_PROMPT + raw})
+             for name, raw in reports.items())
+    with atomic(path) as temporary:
+        temporary.write_text("\n".join([*lines, ""]))
+
+
+def main():
+    parser = argparse.ArgumentParser(description="A first look at a data folder.")
+    parser.add_argument("source", nargs="?", default="phantom", metavar="DIR")
+    parser.add_argument("--out", default="sheet.png", help="where the sheet of films goes")
+    parser.add_argument("--export-prompts", metavar="FILE", help="write the reports as prompts for "
+                        "a language model; put its answers into DIR/cleaned.jsonl")
+    args = parser.parse_args()
+    try:
+        first_look(args.source, args.out)
+        if args.export_prompts:
+            export_prompts(args.source, args.export_prompts)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

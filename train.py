@@ -120,13 +120,15 @@ import numpy as np                                        # noqa: E402
 import torch                                              # noqa: E402
 import torch.nn.functional as F                           # noqa: E402
 from torch import Tensor, nn                              # noqa: E402
+from PIL import Image, ImageDraw                          # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
 from ar import Tokenizer                                  # noqa: E402
 from data import (UserError, atomic, batches, open_data, sheet, vae_pixels,  # noqa: E402
                   vit_pixels)
 from diffusion import VAE, sample_time, to_uint8          # noqa: E402
-from unix import (INSTRUCTIONS, PRESETS, SPECIAL, UniX, load_vae, save_vae)  # noqa: E402
+from unix import (INSTRUCTIONS, PRESETS, SPECIAL, UniX, load_rad_dino, load_vae,  # noqa: E402
+                  save_vae)  # noqa: E402
 
 
 class Processes:
@@ -172,14 +174,14 @@ class Latents:
     knows what it was made from, and is made again when films, size, autoencoder or teacher change.
     """
 
-    def __init__(self, source, count: int, model: UniX, teach, folder: Path, device: str):
+    def __init__(self, source, count: int, model: UniX, teacher, folder: Path, device: str):
         self.source, self.folder, self.stem = source, folder, f"latents-{source.size}"
-        origin = [source.fingerprint(), count, digest(model.vae), digest(model.vit) if teach else ""]
+        origin = [source.fingerprint(), count, digest(model.vae), digest(teacher)]
         about = folder / f"{self.stem}.json"
         known = json.loads(about.read_text()) if about.exists() else {}
         if known.get("origin") != origin:
             about.unlink(missing_ok=True)
-            known = {"origin": origin, "texts": self.build(count, model, teach, device)}
+            known = {"origin": origin, "texts": self.build(count, model, teacher, device)}
             with atomic(about) as temporary:
                 temporary.write_text(json.dumps(known))
         self.texts = known["texts"]
@@ -190,15 +192,15 @@ class Latents:
         return self.folder / f"{self.stem}.{kind}.npy"
 
     @torch.no_grad()
-    def build(self, count: int, model: UniX, teach, device: str) -> list:
+    def build(self, count: int, model: UniX, teacher, device: str) -> list:
         """Fills the memory maps; returns the texts [report, caption] of the films."""
         texts, maps, loader = [], {}, range(0, count, 64)
         for start in tqdm(loader, desc=f"latents at {self.source.size} px", unit="batch"):
             films = [self.source[i] for i in range(start, min(count, start + 64))]
             images = torch.from_numpy(np.stack([f["image"] for f in films])).to(device)
             out = {"moments": model.vae.moments(vae_pixels(images))}
-            if teach:
-                out["features"] = teach(images)
+            if teacher:
+                out["features"] = teacher.patches(images)
             for k, v in out.items():
                 if k not in maps:
                     maps[k] = np.lib.format.open_memmap(self.file(k), "w+", np.float16,
@@ -206,6 +208,9 @@ class Latents:
                 maps[k][start:start + len(films)] = v.cpu().numpy()
             texts += [[f["report"], f["caption"]] for f in films]
         return texts
+
+    def account(self, samples: list):
+        """Nothing can be broken here any more."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -480,7 +485,9 @@ class Trainer:
         name = self.out / f"stage{self.options.stage}-{self.step:06d}.png"
         if self.stage.trains == "generation":
             return self.draw_films(name)
-        films = [self.peek[i] for i in range(8)]
+        size = self.stage.pixels if self.stage.trains == "vae" else self.model.config.vit_image
+        held_out = open_data(self.options.data, "val", size)
+        films = [held_out[i] for i in range(min(8, len(held_out)))]
         images = torch.from_numpy(np.stack([f["image"] for f in films])).to(self.device)
         if self.stage.trains == "vae":
             back = to_uint8(self.vae.decoder(self.vae.post_quant_conv(
@@ -616,10 +623,10 @@ def new_model(options: Options, out: Path, data) -> UniX:
     if options.stage > 1 and options.train == "own":
         raise UserError(f"{out} has no weights; first run: python train.py --stage 1"
                         + command_tail(options))
-    texts = [data.text(i) for i in range(min(len(data), 2000))]
+    texts = [data.text(i)[0] for i in range(min(len(data), 2000))]
     config = PRESETS[options.preset]
     tokenizer = Tokenizer.train(texts + list(INSTRUCTIONS), config.vocab, special=SPECIAL)
-    ids = dict(zip(("bos", "eos", "boi", "eoi"), map(tokenizer.id, SPECIAL)))
+    ids = dict(zip(("bos", "eos", "boi", "eoi"), map(tokenizer.token_to_id, SPECIAL)))
     torch.manual_seed(options.seed)
     return UniX(replace(config, vocab=max(config.vocab if options.preset == "unix" else 0, len(tokenizer)),
                         share_layers=options.share_layers, **ids), tokenizer)
@@ -636,9 +643,7 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
     if k == 0:
         data = open_data(o.data, "train", stage.pixels)
         torch.manual_seed(o.seed)
-        trainer = Trainer(o, stage, VAE(**PRESETS[o.preset].vae).to(procs.device), data, procs, out)
-        trainer.peek = open_data(o.data, "val", stage.pixels)
-        return trainer
+        return Trainer(o, stage, VAE(**PRESETS[o.preset].vae).to(procs.device), data, procs, out)
     if k == 3 and not o.weights and not (out / "stage2.pt").exists():
         raise UserError(f"{out} has not been through stage 2; first run: python train.py --stage 2"
                         + command_tail(o))
@@ -649,13 +654,16 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
         model.vae = load_vae(o.vae).to(procs.device)
     if k > 1:
         if model.vae is None:
-            raise UserError(f"{out} has no autoencoder; run: python train.py --stage 0{command_tail(o)} "
-                            "(or give one with --vae)")
+            print("no autoencoder yet: stage 0 comes first (--vae takes a pretrained one instead)")
+            run(replace(Options(), stage=0, data=o.data, out=str(out), preset=o.preset, steps=o.steps))
+            model.vae = load_vae(out / "vae" / "model.safetensors").to(procs.device)
         if k == 2 and not (out / "stage2.pt").exists():
             model.copy_tower()
-        teach = None
+        teacher = None
+        if stage.repa:
+            teacher = load_rad_dino(o.repa_teacher).to(procs.device) if o.repa_teacher else model.vit
         count = min(len(data), stage.films or len(data))
-        data = Latents(data, count, model, teach, out, procs.device)
+        data = Latents(data, count, model, teacher, out, procs.device)
         model.config.resolution = stage.pixels
     return Trainer(o, stage, model, data, procs, out)
 

@@ -18,12 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ar import Connector, LanguageModel, Tokenizer, ViT, decode, pick, report_loss
+from ar import Connector, LanguageModel, RadDino, Tokenizer, ViT, decode, pick, report_loss
 from data import UserError, atomic
 from diffusion import (VAE, TimeEmbedder, path, position_ids, position_table, sample, to_uint8,
                        velocity_loss)
 
-INSTRUCTION = "Review this X-ray and provide detailed FINDINGS."
+SPECIAL = ("<|begin|>", "<|end|>", "<|begin_of_image|>", "<|end_of_image|>")
+INSTRUCTIONS = ("Review this X-ray and provide detailed FINDINGS.", "Write the report of this film.",
+                "Describe this chest X-ray.", "What does this radiograph show?")
 
 
 @dataclass
@@ -158,7 +160,7 @@ class UniX(nn.Module):
         return report_loss(hidden, self.lm.lm_head, labels)
 
     @torch.no_grad()
-    def report(self, pixels: Tensor, prompt: str = INSTRUCTION, max_new: int = 500,
+    def report(self, pixels: Tensor, prompt: str = INSTRUCTIONS[0], max_new: int = 500,
                temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> list[str]:
         """Writes the reports of films (b, 3, H, W): greedy, or sampled at a temperature > 0."""
         rng = torch.Generator().manual_seed(seed)
@@ -191,7 +193,7 @@ class UniX(nn.Module):
         return velocity_loss(v, x0, eps), tapped
 
     @torch.no_grad()
-    def draw(self, captions: list[list[int]], h: int, w: int, seeds: list[int], **how):
+    def draw(self, captions: list[list[int]], h: int, w: int, seeds, **how):
         """Denoises an h x w latent image a caption. Yields the latents after each step (b, c, h, w).
 
         The captions are read once. Each image's noise comes from its own seed on the CPU, so that
@@ -208,8 +210,9 @@ class UniX(nn.Module):
             yield x.transpose(1, 2).unflatten(2, (h, w))
 
     @torch.no_grad()
-    def generate(self, captions: list[str], size: int | None = None, seed: int = 0, **how) -> Tensor:
-        """Draws a film a caption -> uint8 (b, 3, size, size). Image i has noise seed + i."""
+    def generate(self, captions: list[str], size: int | None = None, seeds=None, **how) -> Tensor:
+        """Draws a film a caption -> uint8 (b, 3, size, size), each from the noise of its own seed.
+        Raises UserError. `how`: points, shift, scale (default: the weights folder's)."""
         if self.vae is None:
             raise UserError("there is no autoencoder; give one with --vae, or run train.py --stage 0")
         size = self.config.resolution if size is None else size
@@ -218,7 +221,8 @@ class UniX(nn.Module):
             raise UserError(f"size must be a multiple of {self.vae.factor} up to "
                             f"{self.vae.factor * self.config.latent_side}, not {size}")
         ids = [self.ids(c) for c in captions]
-        for latents in self.draw(ids, side, side, [seed + i for i in range(len(ids))], **how):
+        how.setdefault("scale", self.config.guidance)
+        for latents in self.draw(ids, side, side, seeds or range(len(ids)), **how):
             pass
         return to_uint8(self.vae.decode(latents))
 
@@ -227,11 +231,11 @@ class UniX(nn.Module):
     def save(self, folder: str | Path):
         """Writes a weights folder in the released layout; each file whole or not at all."""
         folder = Path(folder)
-        (folder / "vae").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("vae.")}
         write_safetensors({released(k): v for k, v in weights.items()}, folder / "model.safetensors")
         if self.vae is not None:
-            write_safetensors(self.vae.state_dict(), folder / "vae" / "model.safetensors")
+            save_vae(self.vae, folder / "vae")
         if self.tokenizer is not None:
             with atomic(folder / "tokenizer.json") as temporary:
                 self.tokenizer.save(temporary)
@@ -421,9 +425,21 @@ def read_vae(folder: Path, about: dict) -> VAE | None:
     return None
 
 
-def load_vae(file: Path, scale=0.238092, shift=-0.201906) -> VAE:
-    """A CompVis autoencoder from .ckpt or .safetensors, whatever its sizes. Raises UserError."""
-    weights = read_tensors(file)
+def save_vae(vae: VAE, folder: Path):
+    """Writes an autoencoder and the scale and shift of its latents."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(vae.state_dict(), folder / "model.safetensors")
+    with atomic(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps({"scale_factor": vae.scale, "shift_factor": vae.shift}))
+
+
+def load_vae(file: str | Path, scale=0.238092, shift=-0.201906) -> VAE:
+    """A CompVis autoencoder from .ckpt or .safetensors, whatever its sizes. The scale and shift of a
+    config.json beside it win over those given. Raises UserError."""
+    file = Path(file)
+    weights, beside = read_tensors(file), file.parent / "config.json"
+    about = read_json(beside) if beside.exists() else {}
+    scale, shift = about.get("scale_factor", scale), about.get("shift_factor", shift)
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     weights = {k: v for k, v in weights.items() if k.startswith(parts)}      # not loss.*
     try:
@@ -434,6 +450,13 @@ def load_vae(file: Path, scale=0.238092, shift=-0.201906) -> VAE:
         vae = VAE(**sizes, scale=scale, shift=shift)
     fit(vae, {k: weights.pop(k, None) for k in vae.state_dict()}, weights, torch.float32, file)
     return vae.eval()
+
+
+def load_rad_dino(folder: str | Path) -> RadDino:
+    """RAD-DINO or another DINOv2 from a Hugging Face folder. Raises UserError."""
+    folder, looks = Path(folder), Path(folder) / "preprocessor_config.json"
+    return RadDino(folder, read_weights(folder), read_json(folder / "config.json"),
+                   read_json(looks) if looks.exists() else {})
 
 
 # ---------------------------------------------------------------- files

@@ -104,13 +104,13 @@ class Letters:
 @torch.no_grad()
 def test_generated_films_do_not_depend_on_the_batch(model):
     with_vae(model).tokenizer = Letters()
-    both = model.generate(["large effusion", "clear"], 32, seed=5, points=4)
+    both = model.generate(["large effusion", "clear"], 32, seeds=[5, 6], points=4)
     assert both.shape == (2, 3, 32, 32) and both.dtype == torch.uint8
-    alone = model.generate(["clear"], 32, seed=6, points=4)
+    alone = model.generate(["clear"], 32, seeds=[6], points=4)
     assert (both[1].int() - alone[0].int()).abs().max() <= 1
-    other = model.generate(["clear"], 32, seed=7, points=4)
+    other = model.generate(["clear"], 32, seeds=[7], points=4)
     assert (other[0].int() - alone[0].int()).abs().max() > 1
-    assert model.generate(["clear"], 48, seed=6, points=3).shape == (1, 3, 48, 48)
+    assert model.generate(["clear"], 48, seeds=[6], points=3).shape == (1, 3, 48, 48)
 
 
 def test_bad_texts_and_sizes_are_named(model):
