@@ -48,8 +48,11 @@ def atomic(path):
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror or error})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 # ---- label tables: regular expressions over lower-case whole words, "-" read as a space ----------
@@ -223,7 +226,7 @@ HEADERS = {
             r"|reason for (?:this )?(?:exam(?:ination)?|study)|(?:notific|recommend)ations?"}
 NAMES, CAPITALS = "|".join(HEADERS.values()), r"[A-Z0-9 ,/&()-]{0,60}"
 HEADER_RE = re.compile(
-    rf"(?P<lead>^|[.!?:]\s|\s) ?(?P<name>{NAMES}) ?(?::|$)"
+    rf"(?:^|(?<=[.!?:])\s|(?P<inline> )) ?(?P<name>{NAMES}) ?(?::|$)"
     rf"|^(?-i:{CAPITALS}\b(?:CHEST|RADIOGRAPHS?|VIEWS?)\b{CAPITALS}):", re.I | re.M)
 
 
@@ -238,7 +241,7 @@ def split_sections(text):
     sections = {"FINDINGS": "", "IMPRESSION": "", "BODY": ""}
     section, start = "BODY", 0
     for m in [*HEADER_RE.finditer(text), None]:
-        if m and m["lead"] == " " and not (m["name"].isupper() and m[0].endswith(":")):
+        if m and m["inline"] and not (m["name"].isupper() and m[0].endswith(":")):
             continue                                    # "the following findings:" in a sentence
         chunk = text[start:m.start() if m else len(text)]
         if section == "SKIP":
@@ -278,8 +281,7 @@ DROPPED = {  # name -> pattern: sentences that go as a whole
         rf"(?:available|comparison|{STUDY})\b|^comparison|^(?:none|not) available|for .*comparison",
     "removed device": r"\b(?:has|have) been (?:removed|discontinued)\b|\bremoval of\b|\bextubat",
     "view": rf"^(?:{VIEWS})+$|\bexamination consists of|\bwere obtained\b",
-    "hidden subject":
-        r"^(?:the |visualized )?___ (?:___ )*(?:is|are|appears?|intact)\b",
+    "hidden subject": r"^(?:the |visualized )?___ (?:___ )*(?:is|are|appears?|intact)\b",
     "no change": rf"^{ADVERB}(?:there (?:is|has been|are) )?(?:no|little) (?:\w+ ){{0,3}}(?:change"
                  r"|difference)s?(?: (?:from|since|in the interval|identified|seen).*)?\W*$"}
 REPHRASED = [  # (name, pattern, replacement): inside a sentence, in this order
@@ -293,7 +295,7 @@ REPHRASED = [  # (name, pattern, replacement): inside a sentence, in this order
     ("technique", r"^(?:considering|accounting for|given) (?:differences in )?(?:technical factors"
      r"|technique),?| (?:for|given) (?:the )?(?:ap |portable )*(?:technique|projection)\b", ""),
     ("view shows", rf"^(?:{VIEWS})+(?:demonstrates?|shows?|reveals?)(?: that)? ", ""),
-    ("on a view", rf",?\s+(?:(?:(?:best|only|also|well) )*{SEEN} )?(?:only )?on (?:the )?"
+    ("on a view", rf",?\s+(?:(?:(?:as|best|only|also|well) )*{SEEN} )?(?:only )?on (?:the )?"
      r"(?:lateral|frontal|pa|ap) (?:view|projection|radiograph|image|film)s?\b", ""),
     ("little change in", rf"(?:\bthere(?: has|'s) been )?\b(?:no|little|minimal) {ADVERB}change"
      r" (?:in|of) (?:the )?(?:(?:appearance|position|size) of (?:the )?)?", ""),
@@ -308,16 +310,16 @@ REPHRASED = [  # (name, pattern, replacement): inside a sentence, in this order
      r"(?: and(?= is| are))?", ""),
     ("is larger", rf"\b{BE} {ADVERB}(?:worse|larger|smaller)(?! than| on)", ""),
     ("increase in", rf"\b(?:the )?{ADVERB}(?:(?:slight|mild) )?(?:increase|decrease|improvement"
-     r"|worsening|development) (?:in|of) (?:the )?(?:(?:size|extent) of (?:the )?)?",
-     ""),
+     r"|worsening|development) (?:in|of) (?:the )?(?:(?:size|extent) of (?:the )?)?", ""),
     ("increased effusion", rf"\b{ADVERB}(?:increas(?:ed|ing)|decreas(?:ed|ing)|larger|smaller)"
      r" (?=(?:[\w-]+ ){0,4}(?:effusion|pneumo|edema|atelecta|consolid|congesti|cardiomeg|nodul"
      r"|mass|opaci|infiltrat))", ""),
-    ("stable", rf"(?:(?<=normal )and )?\b{ADVERB}(?:without change|stable|(?:un)?changed|similar"
-     r"|the same|persist(?:ent|ing|ently)|worsen(?:ing|ed)|improv(?:ing|ed)|interval|progressive"
-     r"|resolving|evolving|new|residual|pre-?existing|now|in the inter(?:val|im))\b(?: appearing)?"
-     r"(?:,? (?:in|since|over) (?:the |overall )?(?:\w+ and )?(?:appearance|size|position|extent"
-     r"|interval|configuration))?(?: appearance of(?: the)?)?", ""),
+    ("stable", rf"(?:(?<=normal )and )?\b{ADVERB}(?:stable|(?:un)?changed|similar|the same|interval"
+     r"|persist(?:ent|ing|ently)|worsen(?:ing|ed)|improv(?:ing|ed)|progressive|resolving|evolving"
+     r"|new|residual|pre-?existing|now|in the inter(?:val|im)|with(?:out change| interval"
+     r" improvement))\b(?: appearing)?(?:,? (?:in|since|over) (?:the |overall )?(?:\w+ and )?"
+     r"(?:appearance|size|position|extent|interval|configuration))?(?: appearance of(?: the)?)?",
+     ""),
     ("is and", rf"\b({BE})\s+(?:and|but|with)(?= (?:\w+ )?(?:normal|not|within|unremarkable|at"
      r"|enlarged|mild|borderline|clear|intact))", r"\1"),
     ("verb alone", rf"(?<=there is)\s*,|,?\s*(?<!there )\b{BE}(?=\s*(?:[.,;]|$|and\b))", ""),
@@ -325,15 +327,14 @@ REPHRASED = [  # (name, pattern, replacement): inside a sentence, in this order
     ("no mark of", r"\bno (?:___ )+of (?:an? )?", "no "),
     ("mark", r"\s*\b(?:(?:of|on|from|dated|since|by|at|in|with|to|for)(?: the)? )?(?:___[ /]*)+"
      r"(?=\s*(?:[.,;]|$))|\s*___", ""),
-    ("spaces", r"\s+", " "),
-    ("doubled mark", r"\(\s*\)|[,;:](?=\s*[.,;:])| (?=[.,;:)])", ""),
+    ("doubled mark", r"\(\s*\)|[,;:](?=\s*[.,;:])| +(?=[.,;:)])", ""),
     ("bad start", r"^(?:[\W_]|(?:and|but|with|which|however|is|are)\b)+", ""),
-    ("bad end", r"(?:[\s,;:.!?-]|\b(?:and|or|but|with|that|the|is|are|of|not|significantly"
-     r"|slightly)\b)+$", ""),
+    ("bad end", r"(?:[\s,;:.!?-]|\b(?:and|or|but|with|that|the|is|are|of|not|as|may|be"
+     r"|significantly|slightly)\b)+$", ""),
     ("nothing left", r"^(?:(?:this|findings?|the|and|of|is|are|has|have|with|in|a|heart|cardiac"
      r"|size|cardio-?mediastinal|mediastin\w+|hilar|hila|silhouettes?|contours?|appearance|chest"
-     r"|lungs?|pulmonary|exam|aeration|basilar|no|structures|there|position|also|or|as|at|on|for|noted)\b"
-     r"\W*)*$", ""),
+     r"|lungs?|pulmonary|exam|aeration|basilar|no|structures|there|position|also|or|as|at|on|for"
+     r"|noted)\b\W*)*$", ""),
 ]
 MARK_RE = re.compile(r"\[\*\*[^]]{0,80}\*\*\]|<?(?:_{2,}|X{3,})>?")
 TITLE_RE = re.compile(r"\b(Dr|Mr|Mrs|Ms|vs|[ap]\.m)\.", re.I)
@@ -412,7 +413,7 @@ class Film(NamedTuple):
 # ---- what can be found ---------------------------------------------------------------------------
 SIDES, GRADES, ZONES = ("left", "right"), ("mild", "moderate", "severe"), ("upper", "mid", "lower")
 DEVICES = {  # thickness in image widths, and the course if it is on the left
-    "endotracheal tube": (.016, (.02, -.4), (0, -.1), (0, .25)), "sternotomy wires": (.012,),
+    "endotracheal tube": (.016, (.02, -.4), (0, -.1), (0, .25)),
     "central venous catheter": (.012, (.5, -.4), (.36, -.1), (.2, .08), (-.1, .22), (-.12, .5)),
     "pacemaker": (.012, (.8, .23), (.4, .05), (-.1, .2), (-.14, .6), (.14, .93)),
     "chest tube": (.020, (1.3, .95), (.85, .74), (.58, .45), (.55, .2))}
@@ -451,8 +452,7 @@ def sample_findings(rng):
         zones = {(side, zone) for side in ((f.side,) if f.side in SIDES else SIDES)
                  for zone in " ".join(NEEDS.get(key, "") for key in keys).split()}
         if not taken & zones:
-            central = f.kind in ("endotracheal tube", "sternotomy wires")
-            found.append(f._replace(side="") if central else f)
+            found.append(f._replace(side="") if f.kind == "endotracheal tube" else f)
             taken |= zones
     return tuple(found)
 
@@ -603,7 +603,7 @@ class Chest:
         self.image[box] += .13 * ramp(.012 - bar, soft) * ends
         box = self.box(0, .7, .16, 1.2)
         disc = np.abs(y[box[0]] * 7 - np.floor(y[box[0]] * 7) - .5)
-        self.image[box] += ramp((.13 - ax[box]) * self.wide, soft) * (.01 + .13 * disc)
+        self.image[box] += ramp((.13 - ax[box]) * self.wide, soft) * (.01 + .09 * disc)
 
     def thorax(self, findings):
         """Paint the chest itself, and keep the masks that the findings need."""
@@ -713,9 +713,6 @@ class Chest:
         self.stroke([(sign * x if x > .15 else x, y) for x, y in course], thick, 1.05)
         if f.kind == "pacemaker":
             self.stroke([(sign * .74, .22), (sign * .86, .24)], .062, 1.05)
-        if f.kind == "sternotomy wires":
-            for y in np.linspace(.2, .85, 5):
-                self.stroke(((-.07, y), (.07, y + .03), (.07, y - .03), (-.07, y)), thick, 1.05)
 
 
 def draw(scene, findings, size):
@@ -733,11 +730,16 @@ def draw(scene, findings, size):
     return (image * 255).astype(np.uint8)
 
 
-def phantom(split, index, size):
-    """The Film number `index` of "train" or "val", a pure function of its arguments."""
+def phantom_scene(split, index):
+    """-> scene, findings, report of a film, without drawing it."""
     rng = np.random.default_rng((("train", "val", "test").index(split), index))
     scene, findings = sample_scene(rng), sample_findings(rng)
-    report = write_report(findings, rng)
+    return scene, findings, write_report(findings, rng)
+
+
+def phantom(split, index, size):
+    """The Film number `index` of "train", "val" or "test", a pure function of its arguments."""
+    scene, findings, report = phantom_scene(split, index)
     return Film(draw(scene, findings, size), findings, report, heart_ratio(scene, findings))
 
 
@@ -822,7 +824,7 @@ def sentence(f, phrase, frame):
         "kind": f.kind or ("nodule" if f.name == "Lung Lesion" else "support device")}
     text = " ".join(phrase.format(**slots).split())
     text = text.replace("effusion", "effusions") if f.side == "bilateral" else text
-    many = re.search("effusions|wires|changes", text)
+    many = re.search("effusions|changes", text)
     text = text.removeprefix("a ") if many or frame == "{it}." else text
     text = re.sub(r"\ba(?= [aeiou])", "an", text)
     if not text.endswith("."):
@@ -1177,7 +1179,7 @@ class Dataset:
     def text(self, i):
         """-> the i-th report in the form FINDINGS: ... IMPRESSION: ..., and whether it is clean."""
         if self.layout == "phantom":
-            return phantom(self.split, i, 64).report, True
+            return phantom_scene(self.split, i)[2], True
         item = self.items[i]
         if item.id in self.cleaned:
             return self.cleaned[item.id], True
@@ -1328,7 +1330,8 @@ def export_prompts(source, path):
     if splits["train"].layout in ("phantom", "NIH ChestX-ray14"):
         raise UserError(f"{source} has no written reports to clean")
     reports = {item.id: d.raw(i) for d in splits.values() for i, item in enumerate(d.items)}
-    lines = (json.dumps({"id": name, "clean": CLEAN_PROMPT + raw, "judge": JUDGE_PROMPT + raw})
+    lines = (json.dumps({"id": name, "clean": CLEAN_PROMPT.format(report=raw), "judge":
+                         JUDGE_PROMPT.format(report=raw, cleaned=clean_checked(raw)[0])})
              for name, raw in reports.items())
     with atomic(path) as temporary:
         temporary.write_text("\n".join([*lines, ""]))

@@ -60,7 +60,7 @@ class Config:
 PRESETS = {
     "unix": Config(),
     "tiny": Config(vit_image=96, vit_patch=12, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
-                   vocab=1024, layers=6, width=192, heads=6, kv_heads=6, head_dim=32, mlp=512,
+                   vocab=1024, layers=4, width=192, heads=6, kv_heads=6, head_dim=32, mlp=512,
                    max_tokens=256, bos=0, eos=1, boi=2, eoi=3, resolution=128,
                    vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [],
                         "scale": 1.0, "shift": 0.0}),

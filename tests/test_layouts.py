@@ -1,0 +1,574 @@
+"""Data folders of every layout, broken and hostile input, and batches that never differ."""
+import csv
+import gzip
+import json
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data as layouts
+from data import UserError, batches, open_data, read_data, read_image, sheet, square
+
+HEART = "FINDINGS: Large heart. IMPRESSION: Cardiomegaly."
+
+
+def film(path, value=100, shape=(20, 16)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full(shape, value, np.uint8)).save(path)
+
+
+def table(path, header, *rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (gzip.open if path.suffix == ".gz" else open)(path, "wt", newline="") as file:
+        csv.writer(file).writerows([header, *rows])
+
+
+def plain(root, n=6):
+    """A plain folder of n films in the train split; film k is all grey of value k."""
+    for k in range(n):
+        film(root / f"{k}.png", k)
+    table(root / "metadata.csv", ["image", "report", "split"],
+          *([f"{k}.png", f"FINDINGS: Film {k}.", "train"] for k in range(n)))
+    return root
+
+
+def counts(data):
+    return {reason: count for reason, (count, _) in data.dropped.items()}
+
+
+# ---- films -------------------------------------------------------------------------------------
+RAMP = np.tile(np.arange(256, dtype=np.uint8), (8, 1))
+
+
+def saved(path, image, **options):
+    image.save(path, **options)
+    return read_image(path).astype(int)
+
+
+def test_deep_films_use_the_whole_range(tmp_path):
+    """A 12-bit film in a 16-bit file came out black where its high byte was taken."""
+    for name, pixels in {
+            "16.png": RAMP.astype(np.uint16) * 257, "12.png": RAMP.astype(np.uint16) * 16,
+            "16.tif": RAMP.astype(np.uint16) * 257, "be.tif": (RAMP * 257.).astype(">u2"),
+            "32.tif": RAMP.astype(np.int32) * 9 - 1000, "float.tif": RAMP.astype(np.float32) / 7,
+            "nan.tif": np.where(RAMP == 0, np.nan, RAMP).astype(np.float32)}.items():
+        assert abs(saved(tmp_path / name, Image.fromarray(pixels)) - RAMP).max() <= 1, name
+    flat = saved(tmp_path / "flat.png", Image.fromarray(np.full((4, 4), 900, np.uint16)))
+    assert (flat == 0).all()
+    none = saved(tmp_path / "none.tif", Image.fromarray(np.full((4, 4), np.nan, np.float32)))
+    assert (none == 0).all()
+
+
+def test_every_mode_gives_the_same_picture(tmp_path):
+    ramp = Image.fromarray(RAMP)
+    for mode, suffix in (("L", "png"), ("RGB", "png"), ("CMYK", "tif"), ("RGBA", "png"),
+                         ("LA", "png"), ("P", "png"), ("YCbCr", "jpg"), ("CMYK", "jpg")):
+        got = saved(tmp_path / f"{mode}.{suffix}", ramp.convert(mode))
+        assert abs(got - RAMP).max() <= (3 if suffix == "jpg" else 1), mode
+    assert set(saved(tmp_path / "1.png", ramp.convert("1")).ravel()) == {0, 255}
+
+
+def test_palette_is_not_read_as_grey_levels(tmp_path):
+    image = Image.fromarray(np.array([[0, 1, 2]], np.uint8), "P")
+    image.putpalette([10, 10, 10, 200, 200, 200, 255, 255, 255])
+    assert saved(tmp_path / "p.png", image).tolist() == [[10, 200, 255]]
+    assert saved(tmp_path / "t.png", image, transparency=1).tolist() == [[10, 0, 255]]
+
+
+def test_transparent_parts_become_black(tmp_path):
+    rgba = np.full((1, 3, 4), 200, np.uint8)
+    rgba[0, :, 3] = 0, 128, 255
+    got = saved(tmp_path / "a.png", Image.fromarray(rgba))[0]
+    assert got[0] == 0 and abs(got[1] - 100) <= 1 and got[2] == 200
+
+
+@pytest.mark.parametrize("mode", ["L", "I;16"])
+def test_exif_rotation_is_undone(tmp_path, mode):
+    pixels = np.array([[0, 50], [100, 150], [200, 250]], np.uint8)
+    turned = np.ascontiguousarray(np.rot90(pixels))  # orientation 6: turn clockwise to see it
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = Image.fromarray(turned if mode == "L" else turned.astype(np.uint16) * 257)
+    got = saved(tmp_path / "r.png", image, exif=exif)
+    want = pixels if mode == "L" else (pixels - 0.) * 255 / 250
+    assert abs(got - want).max() <= 1
+
+
+def test_jpeg_may_be_decoded_smaller_but_never_too_small(tmp_path):
+    pixels = np.tile(np.linspace(0, 255, 1000).astype(np.uint8), (800, 1))
+    Image.fromarray(pixels).convert("RGB").save(tmp_path / "a.jpg", quality=95)
+    small, full = read_image(tmp_path / "a.jpg", at_least=200), read_image(tmp_path / "a.jpg")
+    assert full.shape == (800, 1000) and small.shape == (200, 250)
+    assert abs(square(small, 64).astype(int) - square(full, 64)).max() <= 4
+
+
+def test_bad_films_name_the_file(tmp_path):
+    film(tmp_path / "good.png", shape=(300, 300))
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "whole.png")
+    whole = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "chunk.png").write_bytes(whole[:40] + b"\xff" * 8 + whole[48:])
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("<html>not found</html>")
+    bomb = bytearray(whole)  # a header of 60,000 x 60,000 with a right checksum
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2
+    bomb[29:33] = zlib.crc32(bytes(bomb[12:29])).to_bytes(4, "big")
+    (tmp_path / "bomb.png").write_bytes(bomb)
+    for name in ("cut.png", "chunk.png", "empty.png", "text.png", "bomb.png", "gone.png", "."):
+        with pytest.raises(UserError) as error:
+            read_image(tmp_path / name)
+        assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+    assert "empty" in pytest.raises(UserError, read_image, tmp_path / "empty.png").value.args[0]
+    assert "pixels" in pytest.raises(UserError, read_image, tmp_path / "bomb.png").value.args[0]
+
+
+def test_square_keeps_the_aspect_ratio():
+    got = square(np.full((100, 50), 200, np.uint8), 64)
+    assert got.shape == (64, 64) and got.dtype == np.uint8
+    assert (got[:, 16:48] == 200).all() and not got[:, :16].any() and not got[:, 48:].any()
+    assert square(np.full((1, 3000), 9, np.uint8), 8)[3:5].any(0).all()
+    checks = (np.indices((512, 512)).sum(0) % 2 * 255).astype(np.uint8)
+    assert abs(square(checks, 32).astype(int) - 127).max() < 40  # antialiased, not picked
+
+
+def test_pixels_for_the_networks():
+    images = torch.tensor([[[0, 255]]], dtype=torch.uint8)
+    vit, vae = layouts.vit_pixels(images), layouts.vae_pixels(images)
+    assert vit.shape == vae.shape == (1, 3, 1, 2) and vae[0, 2, 0].tolist() == [-1, 1]
+    assert torch.allclose(vit[0, 1, 0], torch.tensor([-.555895, 1 - .555895]) / .336385)
+
+
+# ---- layouts -----------------------------------------------------------------------------------
+def mimic(root):
+    rows, views = [], []
+    for k, (split, view) in enumerate((("train", "PA"), ("train", "LATERAL"), ("validate", "AP"),
+                                       ("test", "AP"), ("train", ""))):
+        subject, study, dicom = f"1000003{k}", f"5041426{k}", f"d{k}"
+        folder = root / "files/p10" / f"p{subject}"
+        film(folder / f"s{study}" / f"{dicom}.jpg", 40 * k)
+        text = root / "mimic-cxr-reports/files/p10" / f"p{subject}" / f"s{study}.txt"
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_text(f"EXAM: CHEST\n FINDINGS:  Film {k}.\n\n IMPRESSION: ___ Fine.\n")
+        rows.append((dicom, study, subject, split))
+        views.append((dicom, view, "x"))
+    table(root / "mimic-cxr-2.0.0-split.csv.gz", ("dicom_id", "study_id", "subject_id", "split"),
+          *rows)
+    table(root / "mimic-cxr-2.0.0-metadata.csv", ("dicom_id", "ViewPosition", "Rows"), *views)
+    return root
+
+
+def test_mimic(tmp_path):
+    splits = read_data(str(mimic(tmp_path)), 16)
+    assert {name: [item.id for item in data.items] for name, data in splits.items()} == {
+        "train": ["s50414260"], "val": ["s50414262"], "test": ["s50414263"]}
+    data = open_data(str(tmp_path), "val", 16)
+    assert data.layout == "MIMIC-CXR-JPG" and len(data) == 1
+    sample = data[0]
+    assert sample["report"] == sample["caption"] == "FINDINGS: Film 2. IMPRESSION: Fine."
+    assert abs(int(sample["image"][8, 8]) - 80) <= 1
+    assert counts(data) == {"films not frontal (AP, PA), skipped": 2}
+
+
+def test_mimic_reports_beside_the_films(tmp_path):
+    (mimic(tmp_path) / "mimic-cxr-reports/files/p10").rename(tmp_path / "moved")
+    for file in (tmp_path / "moved").rglob("*.txt"):
+        file.rename(tmp_path / "files/p10" / file.relative_to(tmp_path / "moved"))
+    assert open_data(str(tmp_path), "train", 16)[0]["report"].startswith("FINDINGS: Film 0.")
+
+
+def test_mimic_without_reports_says_so(tmp_path):
+    (mimic(tmp_path) / "mimic-cxr-reports").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="reports missing or empty"):
+        open_data(str(tmp_path), "train", 16)[0]
+
+
+def test_iu(tmp_path):
+    table(tmp_path / "indiana_reports.csv",
+          ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings",
+           "impression"),
+          *((k, "", "", "", "", "", f"Film {k}.", "Fine." * (k % 2)) for k in range(30)),
+          (3, "", "", "", "", "", "again", ""), (98, "", "", "", "", "", "", ""),
+          (99, "", "", "", "", "", "no film", ""))
+    table(tmp_path / "indiana_projections.csv", ("uid", "filename", "projection"),
+          *((k, f"{k}.png", "Frontal") for k in (*range(30), 98, 1000)), (3, "3l.png", "Lateral"))
+    splits = read_data(str(tmp_path), 16)
+    items = {item.id: item for data in splits.values() for item in data.items}
+    assert len(items) == 30 and all(splits.values())
+    assert items["3"].report == "FINDINGS: Film 3. IMPRESSION: Fine."
+    assert items["4"].report == "FINDINGS: Film 4."
+    assert counts(splits["val"]) == {
+        "films not frontal, skipped": 1, "films without a report, skipped": 1,
+        "reports without a frontal film, or repeated, skipped": 2, "empty reports, skipped": 1}
+    with pytest.raises(UserError, match=r"missing; the first is expected at .*images/"):
+        open_data(str(tmp_path), "train", 16)
+    for k in range(30):
+        film(tmp_path / "images/images_normalized" / f"{k}.png", k)
+    data = open_data(str(tmp_path), "train", 16)
+    assert data[0]["report"].startswith(f"FINDINGS: Film {data[0]['image'][8, 8]}.")
+
+
+def nih(root, folder="images", official=False):
+    names = [f"{k // 2:08d}_{k % 2:03d}.png" for k in range(40)]
+    for k, name in enumerate(names):
+        film(root / folder.format(k % 2 + 1) / name, k)
+    table(root / "Data_Entry_2017_v2020.csv",
+          ("Image Index", "Finding Labels", "Follow-up #", "Patient ID", "View Position"),
+          *((name, ("No Finding", "Edema|Mass")[k % 2], 0, k // 2, "PA")
+            for k, name in enumerate(names)))
+    if official:
+        (root / "test_list.txt").write_text("\n".join(names[:10]))
+    return root
+
+
+@pytest.mark.parametrize("folder", ["images", "images_00{}/images"])
+def test_nih(tmp_path, folder):
+    splits = read_data(str(nih(tmp_path, folder)), 16)
+    patients = [{item.id[:8] for item in data.items} for data in splits.values()]
+    assert all(patients) and sum(map(len, patients)) == 20  # no patient in two splits
+    data = open_data(str(tmp_path), "train", 16)
+    reports = {data[i]["image"][8, 8] % 2: data[i]["report"] for i in range(len(data))}
+    assert "Edema, Mass" in reports[1] and "Edema" not in reports[0]
+    assert [data[i]["report"] for i in range(5)] == [data[i]["report"] for i in range(5)]
+
+
+def test_nih_official_test_list(tmp_path):
+    splits = read_data(str(nih(tmp_path, official=True)), 16)
+    assert len(splits["test"]) == 10 and splits["train"] and splits["val"]
+    assert not {i.id[:8] for i in splits["train"].items} & {i.id[:8] for i in splits["val"].items}
+
+
+def test_nih_unknown_label_is_counted(tmp_path):
+    film(tmp_path / "images/a.png")
+    table(tmp_path / "Data_Entry_2017.csv", ("Image Index", "Finding Labels", "Patient ID"),
+          ("a.png", "Edema", 1), ("b.png", "Edema|Gout", 2))
+    assert counts(read_data(str(tmp_path), 16)["train"]) == {
+        "films with an unknown label, skipped": 1}
+
+
+def test_chexgenbench(tmp_path):
+    path = "p10/p100000{0:02}/s5{0}/{0}.jpg"
+    for split, ks in (("TRAIN", range(30)), ("TEST", (30, 31))):
+        table(tmp_path / f"LLAVARAD_ANNOTATIONS_{split}.csv", ("id", "path", "annotated_prompt"),
+              *((k, path.format(k), f"Prompt {k}.") for k in ks))
+        for k in ks:
+            film(tmp_path / "files" / path.format(k), k)
+    splits = read_data(str(tmp_path), 16, "image")
+    assert len(splits["test"]) == 2 and splits["val"] and len(splits["train"]) > 20
+    sample = open_data(str(tmp_path), "test", 16, "image")[1]
+    assert sample["caption"] == "Prompt 31." and splits["test"].layout == "CheXGenBench"
+    mimic(tmp_path)  # in MIMIC's folder the task decides
+    assert read_data(str(tmp_path), 16, "image")["test"].layout == "CheXGenBench"
+    assert read_data(str(tmp_path), 16, "report")["test"].layout == "MIMIC-CXR-JPG"
+
+
+def test_a_single_table_of_prompts(tmp_path):
+    film(tmp_path / "a.png")
+    table(tmp_path / "prompts.csv", ("image", "annotated_prompt", "split"),
+          ("a.png", "Prompt.", "test"))
+    for source in (tmp_path, tmp_path / "prompts.csv"):
+        assert open_data(str(source), "test", 16, "image")[0]["caption"] == "Prompt."
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "csv.gz"])
+def test_plain(tmp_path, kind):
+    rows = [("a/b.png", HEART, "train", "Draw this."), ("c.png", HEART, "validation", "")]
+    columns = ("image", "report", "split", "caption")
+    if kind == "jsonl":
+        lines = (json.dumps({k: v for k, v in zip(columns, row) if v}) for row in reversed(rows))
+        (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    else:
+        table(tmp_path / f"metadata.{kind}", columns, *rows)
+    for row in rows:
+        film(tmp_path / row[0])
+    train, val = (open_data(str(tmp_path), split, 16)[0] for split in ("train", "val"))
+    assert (train["report"], train["caption"]) == (HEART, "Draw this.")
+    assert (val["report"], val["caption"]) == (HEART, HEART)
+
+
+def test_plain_without_splits_is_split_by_hash(tmp_path):
+    table(tmp_path / "metadata.csv", ("image", "report"),
+          *((f"{k}.png", HEART) for k in range(999)))
+    sizes = {name: len(data) for name, data in read_data(str(tmp_path), 16).items()}
+    assert sum(sizes.values()) == 999 and 60 < sizes["val"] < 140 and 60 < sizes["test"] < 140
+
+
+def test_cleaned_reports_override(tmp_path):
+    plain(tmp_path)
+    (tmp_path / "cleaned.jsonl").write_text(
+        '{"id": "2.png", "report": "FINDINGS: By hand."}\n{"id": "99.png", "report": "x"}\n')
+    data = open_data(str(tmp_path), "train", 16)
+    assert [data[k]["report"] for k in (1, 2)] == ["FINDINGS: Film 1.", "FINDINGS: By hand."]
+    assert counts(data) == {"lines of cleaned.jsonl of unknown id, unused": 1}
+    (tmp_path / "cleaned.jsonl").write_text('{"id": "2.png", "report": "ok"}\n{"id": "3.')
+    with pytest.raises(UserError, match="cleaned.jsonl.*line 2"):
+        open_data(str(tmp_path), "train", 16)
+
+
+def test_uncleaned_reports_are_counted(tmp_path):
+    plain(tmp_path, 3)
+    text = (tmp_path / "metadata.csv").read_text().replace("Film 1", "WEIRD")
+    (tmp_path / "metadata.csv").write_text(text)
+    data = open_data(str(tmp_path), "train", 16)
+    for i in (0, 1, 2, 1):
+        assert data[i]["index"] == i
+    assert counts(data) == {"reports kept uncleaned": 1}
+
+
+def test_phantom():
+    train, test = (open_data("phantom", split, 32) for split in ("train", "test"))
+    assert train.layout == "phantom" and len(test) == 512
+    assert train[5]["image"].shape == (32, 32) and train[5]["report"].startswith("FINDINGS")
+    assert (train[5]["image"] == train[5]["image"]).all()
+    assert (train[5]["image"] != test[5]["image"]).any()
+    with pytest.raises(IndexError):
+        test[512]
+
+
+# ---- bad tables and folders --------------------------------------------------------------------
+def test_missing_column_is_named(tmp_path):
+    table(tmp_path / "metadata.csv", ("image", "text"), ("a.png", HEART))
+    with pytest.raises(UserError, match=r"metadata.csv has no column 'report.*image, text"):
+        open_data(str(tmp_path), "train", 16)
+    table(tmp_path / "Data_Entry_2017.csv", ("Image Index", "Patient ID"), ("a.png", 1))
+    with pytest.raises(UserError, match="Data_Entry_2017.csv has no column 'finding labels'"):
+        open_data(str(tmp_path), "train", 16)
+
+
+def test_windows_text_is_read(tmp_path):
+    film(tmp_path / "sub/a.png")
+    (tmp_path / "metadata.csv").write_bytes(
+        b"\xef\xbb\xbfimage,report,split\r\nsub\\a.png,FINDINGS: \x00Caf\xe9.\r\n\r\n"
+        b"cut.png\r\n".replace(b"Caf\xe9.", b"Caf\xe9.,train"))
+    data = open_data(str(tmp_path), "train", 16)
+    assert data[0]["report"] == "FINDINGS: Caf\ufffd."
+    assert counts(data) == {"rows of metadata.csv cut short, skipped": 1}
+
+
+def test_paths_out_of_the_folder_are_never_read(tmp_path):
+    film(tmp_path / "secret.png")
+    root = plain(tmp_path / "data", 2)
+    with open(root / "metadata.csv", "a") as file:
+        for path in ("../secret.png", str(tmp_path / "secret.png"), "x/../../secret.png",
+                     "..\\secret.png", ".."):
+            file.write(f"{path},FINDINGS: Secret.,train\n")
+    data = open_data(str(root), "train", 16)
+    assert len(data) == 2 and counts(data) == {"paths out of the data folder, skipped": 5}
+    table(root / "Data_Entry_2017.csv", ("Image Index", "Finding Labels", "Patient ID"),
+          ("../../secret.png", "Edema", 1))
+    (root / "metadata.csv").unlink()
+    with pytest.raises(UserError, match="no train split: 1 of 1 paths out"):
+        open_data(str(root), "train", 16)
+
+
+def test_rows_left_out_are_counted_by_reason(tmp_path):
+    root = plain(tmp_path, 3)
+    with open(root / "metadata.csv", "a") as file:
+        file.write("0.png,again,train\n2b.png, ,train\n,FINDINGS: x.,train\n1c.png,y,holdout\n")
+    data = open_data(str(root), "train", 16)
+    assert data.dropped.lines() == [
+        "1 of 7 images listed before, skipped: first 0.png train",
+        "1 of 7 empty reports, skipped: first 2b.png train",
+        "1 of 7 rows without an image, skipped: first  train",
+        "1 of 7 rows of an unknown split, skipped: first 1c.png holdout"]
+    assert data[0]["report"] == "FINDINGS: Film 0."
+
+
+def test_unknown_folders_list_the_layouts(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    film(tmp_path / "a.png")
+    (tmp_path / "none").mkdir()
+    for source in (tmp_path, tmp_path / "none", tmp_path / "a.png", tmp_path / "gone"):
+        with pytest.raises(UserError, match="MIMIC-CXR-JPG.*IU.*NIH.*CheXGenBench.*metadata"):
+            open_data(str(source), "train", 16)
+
+
+def test_hostile_json(tmp_path):
+    film(tmp_path / "a.png")
+    good = '{"image": "a.png", "report": "FINDINGS: \\ud800.", "split": "train"}\n'
+    long = json.dumps({"image": "x/" * 5000, "report": "y", "split": "val"})
+    (tmp_path / "metadata.jsonl").write_text(good + long)
+    assert open_data(str(tmp_path), "train", 16)[0]["report"] == "FINDINGS: ?."
+    with pytest.raises(UserError, match="1 of 1 images of the val split are missing"):
+        open_data(str(tmp_path), "val", 16)
+    for bad in ("[" * 99_999, "[1, 2]", "7", "{", '"image"'):
+        (tmp_path / "metadata.jsonl").write_text(good + bad)
+        with pytest.raises(UserError, match="line 2 is no JSON object"):
+            open_data(str(tmp_path), "train", 16)
+
+
+def test_broken_tables(tmp_path):
+    for content in (b"", b"\x1f\x8b broken", b"PK\x03\x04\xff\xfe" * 99, b'image,report\na.png,"' +
+                    b"x" * 200_000):
+        (tmp_path / "metadata.csv").write_bytes(content)
+        with pytest.raises(UserError, match="metadata.csv"):
+            open_data(str(tmp_path), "train", 16)
+    (tmp_path / "metadata.csv").unlink()
+    for content in (gzip.compress(b"image,report\n" + b"a.png,x\n" * 9999)[:-20], b"not gzip"):
+        (tmp_path / "metadata.csv.gz").write_bytes(content)
+        with pytest.raises(UserError, match="metadata.csv.gz cannot be read"):
+            open_data(str(tmp_path), "train", 16)
+    (tmp_path / "metadata.csv.gz").unlink()
+    (tmp_path / "metadata.csv").mkdir()
+    with pytest.raises(UserError, match="metadata.csv cannot be read"):
+        open_data(str(tmp_path), "train", 16)
+
+
+# ---- broken images -----------------------------------------------------------------------------
+def test_few_missing_images_are_skipped_many_stop(tmp_path):
+    root = plain(tmp_path, 40)
+    (root / "7.png").unlink()
+    data = open_data(str(root), "train", 16)
+    assert len(data) == 39 and data.dropped.lines() == [
+        "1 of 40 images missing, skipped: first 7.png"]
+    (root / "8.png").unlink()
+    (root / "9.png").unlink()
+    with pytest.raises(UserError, match="3 of 40 images of the train split are missing.*7.png"):
+        open_data(str(root), "train", 16)
+
+
+def test_broken_image_is_replaced_by_the_next(tmp_path, capsys):
+    root = plain(tmp_path, 40)
+    (root / "39.png").write_text("broken")
+    data = open_data(str(root), "train", 16)
+    assert [(data[39]["index"], data[39]["report"]) for _ in range(2)] == [
+        (0, "FINDINGS: Film 0.")] * 2
+    assert counts(data) == {"images unreadable, skipped": 1}
+    assert capsys.readouterr().err.count("39.png") == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_over_five_percent_broken_stops(tmp_path, workers):
+    root = plain(tmp_path, 40)
+    for k in (4, 5, 20):
+        (root / f"{k}.png").write_text("broken")
+    steps = batches(open_data(str(root), "train", 16), 8, seed=0, workers=workers)
+    with pytest.raises(UserError, match="3 of 40 images unreadable"):
+        for _ in range(10):
+            next(steps)
+
+
+def test_everything_broken_stops_at_once(tmp_path):
+    root = plain(tmp_path, 3)
+    for file in root.glob("*.png"):
+        file.write_text("broken")
+    with pytest.raises(UserError, match="3 of 3 images unreadable"):
+        open_data(str(root), "train", 16)[1]
+
+
+# ---- batches -----------------------------------------------------------------------------------
+def first(data, n, **options):
+    steps = batches(data, seed=3, **options)
+    return [next(steps) for _ in range(n)]
+
+
+def same(one, other):
+    return all((a["image"] == b["image"]).all() and a["index"].tolist() == b["index"].tolist()
+               and a["report"] == b["report"] and a["caption"] == b["caption"]
+               for a, b in zip(one, other, strict=True))
+
+
+@pytest.fixture(params=["phantom", "folder"])
+def data(request, tmp_path):
+    if request.param == "phantom":
+        return open_data("phantom", "train", 16)
+    root = plain(tmp_path, 30)
+    (root / "11.png").write_text("broken")
+    return open_data(str(root), "train", 16)
+
+
+def test_workers_change_nothing(data):
+    want = first(data, 12, batch_size=4)
+    for workers in (1, 2):
+        state = torch.get_rng_state()
+        assert same(want, first(data, 12, batch_size=4, workers=workers))
+        assert (torch.get_rng_state() == state).all()
+
+
+def test_resuming_gives_the_same_batches(data):
+    want = first(data, 20, batch_size=4)
+    assert same(want[13:], first(data, 7, batch_size=4, start_step=13, workers=1))
+
+
+def test_ranks_share_each_batch(data):
+    whole = first(data, 9, batch_size=6)
+    ranks = [first(data, 9, batch_size=6, rank=r, world=3) for r in range(3)]
+    for k, batch in enumerate(whole):
+        assert torch.equal(batch["image"], torch.cat([rank[k]["image"] for rank in ranks]))
+        assert batch["report"] == sum((rank[k]["report"] for rank in ranks), [])
+    with pytest.raises(UserError):
+        first(data, 1, batch_size=5, world=2)
+
+
+def test_an_epoch_shows_every_item_once(tmp_path):
+    data = open_data(str(plain(tmp_path, 30)), "train", 16)
+    steps = first(data, 10, batch_size=6)
+    seen = [torch.cat([b["index"] for b in steps[k:k + 5]]).tolist() for k in (0, 5)]
+    assert sorted(seen[0]) == sorted(seen[1]) == list(range(30)) and seen[0] != seen[1]
+    big = first(data, 1, batch_size=70)[0]
+    assert big["image"].shape == (70, 16, 16) and big["image"].dtype == torch.uint8
+    assert big["index"].tolist()[:60] == seen[0] + seen[1]
+
+
+def test_fingerprint_tells_data_apart(tmp_path):
+    root = plain(tmp_path, 6)
+    names = {open_data(str(root), "train", size).fingerprint() for size in (16, 16, 32)}
+    assert len(names) == 2
+    (root / "metadata.csv").write_text((root / "metadata.csv").read_text().replace("Film 3", "x"))
+    assert open_data(str(root), "train", 16).fingerprint() not in names
+    assert open_data("phantom", "val", 16).fingerprint() != open_data(
+        "phantom", "test", 16).fingerprint()
+
+
+# ---- the first look ----------------------------------------------------------------------------
+def look(*args):
+    done = subprocess.run([sys.executable, layouts.__file__, *map(str, args)], text=True,
+                          capture_output=True, cwd=Path(layouts.__file__).parent)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def test_first_look(tmp_path):
+    (tmp_path / "d").mkdir()
+    root = plain(tmp_path / "d", 6)
+    done = look(root, "--out", tmp_path / "sheet.png", "--export-prompts", tmp_path / "p.jsonl")
+    assert done.returncode == 0 and "train 6, val 0, test 0" in done.stdout
+    assert Image.open(tmp_path / "sheet.png").width == 4 * 264 + 8
+    prompts = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
+    assert [p["id"] for p in prompts] == [f"{k}.png" for k in range(6)]
+    assert prompts[3]["clean"].endswith("FINDINGS: Film 3.")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "p.jsonl", "sheet.png"]
+
+
+def test_first_look_without_images_shows_the_text(tmp_path):
+    root = plain(tmp_path, 6)
+    for file in root.glob("*.png"):
+        file.unlink()
+    done = look(root, "--out", tmp_path / "sheet.png")
+    assert done.returncode == 0 and "6 of 6 images" in done.stdout and "6 reports" in done.stdout
+    assert not (tmp_path / "sheet.png").exists()
+
+
+def test_mistakes_are_one_line_and_exit_code_2(tmp_path):
+    for args in (("--out", tmp_path / "s.png", tmp_path), ("--out", tmp_path / "s.png", "gone"),
+                 ("--out", tmp_path / "gone/s.png"),
+                 ("--out", tmp_path / "s.png", "--export-prompts", "x.jsonl")):
+        done = look(*args)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+
+
+def test_sheet(tmp_path):
+    images = [np.full((10, 10), 50, np.uint8), torch.full((300, 200, 3), 9, dtype=torch.uint8)]
+    captions = ["", "one two\nthree " + "WWWWWWWWWWWW" * 9]
+    sheet(images, captions, 2, tmp_path / "s.png")
+    page = np.array(Image.open(tmp_path / "s.png"))
+    assert (page[8:198, 8:198] == 50).all() and (page[8:308, 216:416] == 9).all()
+    assert (page[320:, 216:] < 128).any() and (page[-8:] == 255).all()
+    with pytest.raises(UserError, match="cannot be written"):
+        sheet(images, captions, 2, tmp_path / "gone/s.png")

@@ -1,0 +1,173 @@
+"""Metrics against reference libraries' numbers (golden/metrics) and closed forms."""
+import json
+import pathlib
+import warnings
+
+import numpy as np
+import pytest
+
+import sample
+
+GOLDEN = pathlib.Path(__file__).parent / "golden" / "metrics"
+RNG = np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def features():
+    return np.load(GOLDEN / "features.npz")
+
+
+def test_image_metrics_equal_the_references(features):
+    real, fake = features["real"], features["fake"]
+    assert sample.frechet_distance(real, fake) == pytest.approx(float(features["fd"]), rel=1e-6)
+    assert sample.kernel_distance(real, fake) == pytest.approx(float(features["kd"]), abs=1e-6)
+    for name, value in sample.prdc(real, fake, k=5).items():
+        assert value == pytest.approx(float(features[name]), abs=1e-9), name
+
+
+def test_text_metrics_equal_nltk_and_rouge_score():
+    text = json.loads((GOLDEN / "text.json").read_text())
+    assert sample.bleu(text["refs"], text["hyps"]) == pytest.approx(text["bleu"], abs=1e-9)
+    each = [sample.rouge_l([r], [h]) for r, h in zip(text["refs"], text["hyps"])]
+    assert each == pytest.approx(text["rouge_l"], abs=1e-9)
+    assert sample.rouge_l(text["refs"], text["hyps"]) == pytest.approx(np.mean(text["rouge_l"]))
+
+
+def test_f1_equals_scikit_learn():
+    golden = np.load(GOLDEN / "f1.npz")
+    scores = sample.f1_scores(golden["gt"], golden["pred"])
+    assert scores["micro"] == pytest.approx(float(golden["micro"]), abs=1e-9)
+    assert scores["macro"] == pytest.approx(float(golden["macro"]), abs=1e-9)
+    assert scores["per_class"] == pytest.approx(golden["per_class"], abs=1e-8)
+
+
+def gaussian(mean, deviation, n=64):
+    """Samples whose mean and covariance are exactly what is asked for."""
+    x = RNG.normal(size=(n, len(mean)))
+    x -= x.mean(0)
+    whiten = np.linalg.inv(np.linalg.cholesky(np.cov(x.T))).T
+    return x @ whiten * np.asarray(deviation) + np.asarray(mean)
+
+
+def test_frechet_distance_of_diagonal_gaussians():
+    # |m1 - m2|^2 + sum (s1 - s2)^2 = (9 + 16) + (1 + 4 + 0)
+    a, b = gaussian([0, 0, 1], [1, 2, 3]), gaussian([3, 4, 1], [2, 4, 3])
+    assert sample.frechet_distance(a, b) == pytest.approx(30, rel=1e-9)
+    assert sample.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_distance_with_fewer_samples_than_dimensions():
+    a, b = RNG.normal(size=(7, 20)), RNG.normal(size=(9, 20)) + 1
+    s1, s2 = np.cov(a.T), np.cov(b.T)
+    values, vectors = np.linalg.eigh(s1)
+    root = vectors * np.sqrt(np.clip(values, 0, None)) @ vectors.T
+    cross = np.sqrt(np.clip(np.linalg.eigvalsh(root @ s2 @ root), 0, None)).sum()
+    want = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * cross
+    with pytest.warns(UserWarning, match="biased"):
+        assert sample.frechet_distance(a, b) == pytest.approx(want, rel=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sample.frechet_distance(gaussian([0, 0], [1, 1]), gaussian([0, 0], [1, 2]))
+
+
+def test_kernel_distance_of_two_points_a_set_by_hand():
+    # k(x, y) = (xy + 1)^3 in 1-D: k(0, 1) = 1 in each set, k(2, 3) = 343;
+    # across: k(0, .) = 1, 1 and k(1, 2) = 27, k(1, 3) = 64
+    real, fake = np.array([[0.0], [1.0]]), np.array([[2.0], [3.0]])
+    assert sample.kernel_distance(real, fake) == pytest.approx(1 + 343 - 2 * (1 + 1 + 27 + 64) / 4)
+
+
+def test_kernel_distance_does_not_depend_on_whether_the_arrays_are_one_object():
+    x = RNG.normal(size=(30, 4))
+    assert sample.kernel_distance(x, x) == sample.kernel_distance(x, x.copy()) < 0
+
+
+def test_prdc_of_identical_and_of_distant_sets():
+    x = RNG.normal(size=(600, 8))           # more than one chunk
+    same = sample.prdc(x, x.copy())
+    assert same["precision"] == same["recall"] == same["coverage"] == 1
+    assert same["density"] >= 1
+    assert set(sample.prdc(x, x + 100).values()) == {0.0}
+
+
+def test_prdc_where_every_sample_is_one_point():
+    """Duplicates have balls of radius 0, which hold nothing: rounding must not decide."""
+    x = np.repeat(RNG.normal(size=(1, 300)), 20, axis=0)
+    assert set(sample.prdc(x, x).values()) == {0.0}
+
+
+def test_prdc_by_hand():
+    # k = 1: balls of real (0, 1, 5) have radii 1, 1, 4; of fake (0.5, 20) radii 19.5, 19.5
+    scores = sample.prdc(np.array([[0.0], [1], [5]]), np.array([[0.5], [20]]), k=1)
+    assert scores == {"precision": 0.5, "recall": 1.0, "density": 1.0, "coverage": 2 / 3}
+
+
+@pytest.mark.parametrize("metric", [sample.frechet_distance, sample.kernel_distance, sample.prdc])
+def test_bad_features_are_named(metric):
+    one, many = np.zeros((1, 4)), np.zeros((9, 4))
+    for real, fake in ((one, many), (many, one), (many, np.zeros((9, 5))), (many[0], many)):
+        with pytest.raises(ValueError, match="samples|features"):
+            metric(real, fake)
+
+
+def test_bleu_edges():
+    text = ["the heart is normal in size", "no effusion or pneumothorax seen"]
+    assert sample.bleu(text, text) == pytest.approx([1] * 4)
+    assert sample.bleu(text, ["", ""]) == [0] * 4
+    assert sample.bleu(["a b c d"], ["e f g h"]) == [0] * 4
+    # 2 of 2 words match, and half the length costs exp(1 - 4 / 2)
+    assert sample.bleu(["a b c d"], ["a b"])[0] == pytest.approx(np.exp(-1))
+
+
+def test_rouge_l_by_hand():
+    # a c d is the longest common subsequence: precision 3/4, recall 3/5
+    assert sample.rouge_l(["a b c x d"], ["A, c. D z"]) == pytest.approx(2 * .75 * .6 / 1.35)
+    assert sample.rouge_l(["a b"], ["a b"]) == 1
+    assert sample.rouge_l(["a b", "a"], ["", "a"]) == 0.5
+    assert sample.rouge_l([""], [""]) == 0
+
+
+def test_rouge_l_equals_the_table_of_dynamic_programming():
+    for _ in range(50):
+        a, b = (list(RNG.choice(list("abcde"), size=RNG.integers(1, 80))) for _ in range(2))
+        table = np.zeros((len(a) + 1, len(b) + 1), int)
+        for i, x in enumerate(a):
+            for j, y in enumerate(b):
+                table[i + 1, j + 1] = (table[i, j] + 1 if x == y else
+                                       max(table[i, j + 1], table[i + 1, j]))
+        want = 2 * table[-1, -1] / (len(a) + len(b))
+        assert sample.rouge_l([" ".join(a)], [" ".join(b)]) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("metric", [sample.bleu, sample.rouge_l])
+def test_lists_of_unequal_length_are_an_error(metric):
+    for refs, hyps in ((["a", "b"], ["a"]), ([], [])):
+        with pytest.raises(ValueError, match="one length"):
+            metric(refs, hyps)
+
+
+def test_f1_counts_a_class_without_positives_as_zero():
+    truth = np.array([[1, 0, 0], [1, 1, 0]])
+    scores = sample.f1_scores(truth, truth)
+    assert scores["per_class"].tolist() == [1, 1, 0]
+    assert (scores["micro"], scores["macro"]) == (1, pytest.approx(2 / 3))
+    with pytest.raises(ValueError):
+        sample.f1_scores(truth, truth[:1])
+
+
+def test_bootstrap_covers_the_mean_and_repeats():
+    x = RNG.normal(loc=3, size=400)
+    low, high = sample.bootstrap(lambda i: x[i].mean(), len(x))
+    assert low < x.mean() < high
+    assert high - low == pytest.approx(2 * 1.96 * x.std() / 20, rel=.15)
+    assert (low, high) == sample.bootstrap(lambda i: x[i].mean(), len(x))
+    assert (low, high) != sample.bootstrap(lambda i: x[i].mean(), len(x), seed=1)
+
+
+def test_psnr_by_hand():
+    black, grey = np.zeros((4, 4)), np.full((4, 4), 0.1)
+    assert sample.psnr(black, grey) == pytest.approx(20)
+    assert sample.psnr(black, grey, peak=2) == pytest.approx(20 + 20 * np.log10(2))
+    assert sample.psnr(grey, grey) == float("inf")
+    with pytest.raises(ValueError):
+        sample.psnr(black, grey[:2])

@@ -1,0 +1,296 @@
+"""Training: each stage teaches what it should and nothing else, and nothing is ever lost."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from ar import Tokenizer
+from conftest import ROOT
+from data import UserError, phantom
+from diffusion import VAE, sample_time
+from train import STAGES, Latents, Log, Muon, Options, Processes, Trainer, align, orthogonal
+from unix import UniX, load_vae, read_safetensors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A plain data folder of 24 small phantoms."""
+    root = tmp_path_factory.mktemp("films")
+    with open(root / "metadata.csv", "w", newline="") as f:
+        table = csv.writer(f)
+        table.writerow(["image", "report", "split"])
+        for i in range(24):
+            film = phantom("train", i, 128)
+            Image.fromarray(film.image).save(root / f"{i}.png")
+            table.writerow([f"{i}.png", film.report, "train" if i < 16 else "val"])
+    return root
+
+
+def options(folder, out, stage, **more) -> Options:
+    return Options(**{**dict(stage=stage, data=str(folder), out=str(out), steps=2, batch_size=4,
+                             sheet_every=100, save_every=100), **more})
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """Stages 0 to 3, two steps each; the weights after each stage are kept."""
+    out, kept = tmp_path_factory.mktemp("run"), {}
+    for stage in (0, 1, 2, 3):
+        train.run(options(folder, out, stage))
+        if stage:
+            kept[stage] = {k: v.clone() for k, v in
+                           read_safetensors(out / "model.safetensors").items()}
+        kept["vae", stage] = (out / "vae" / "model.safetensors").read_bytes()
+    return out, kept
+
+
+def test_a_stage_changes_its_branch_and_leaves_the_rest_bit_identical(trained):
+    out, kept = trained
+    generation = [k for k in kept[1] if "_moe_gen" in k or k.startswith(("vae2llm", "llm2vae", "time_"))]
+    understanding = [k for k in kept[1] if k not in generation]
+    for stage in (2, 3):
+        assert all(torch.equal(kept[stage][k], kept[1][k]) for k in understanding)
+        assert not all(torch.equal(kept[stage][k], kept[stage - 1][k]) for k in generation)
+    assert kept["vae", 0] == kept["vae", 1] == kept["vae", 2] == kept["vae", 3]
+
+
+def test_what_a_run_leaves_behind(trained):
+    out, _ = trained
+    names = {p.name for p in out.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "vae", "log.jsonl", "curves.png",
+            "stage0-000002.png", "stage1-000002.png", "stage2-000002.png", "stage3-000002.png"} <= names
+    model = UniX.load(out)
+    assert model.config.resolution == 128 and model.vae.factor == 8
+    assert len(model.generate(["Large left effusion."], points=3)) == 1
+
+
+def test_a_finished_stage_says_so(trained, folder, capsys):
+    train.run(options(folder, trained[0], 3))
+    assert "stage 3" in capsys.readouterr().out
+
+
+def test_latents_of_the_autoencoder_have_unit_variance(trained, folder):
+    vae = load_vae(trained[0] / "vae" / "model.safetensors")
+    films = torch.from_numpy(np.stack([phantom("train", i, 64).image for i in range(16)]))
+    with torch.no_grad():
+        moments = vae.moments(train.vae_pixels(films))
+        z = vae.latents(moments, torch.randn(16, 16, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.2
+
+
+@pytest.mark.parametrize("stage, said", [(2, "--stage 1"), (3, "--stage 2")])
+def test_a_stage_whose_predecessor_is_missing_names_the_command(folder, tmp_path, stage, said):
+    with pytest.raises(UserError, match=said):
+        train.run(options(folder, tmp_path / "new", stage))
+
+
+def begun(folder, out, stage, step, base, **more) -> Trainer:
+    """A stage of a copy of a run, stopped at `step` as Ctrl-C stops it."""
+    if base:
+        shutil.copytree(base, out, dirs_exist_ok=True)
+        (out / f"stage{stage}.pt").unlink(missing_ok=True)
+    o = options(folder, out, stage, steps=4, **more)
+    s = train.replace(STAGES["tiny"][stage], steps=4, batch=4)
+    trainer = train.set_up(o, s, Processes(), out)
+    stream = trainer.stream()
+    while trainer.step < step:
+        trainer.one_step(next(stream))
+    trainer.save()
+    return trainer
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_resumed_equals_never_stopped_bit_for_bit(trained, folder, tmp_path, stage):
+    base = None if stage < 2 else trained[0]
+    whole = begun(folder, tmp_path / "whole", stage, 4, base)
+    begun(folder, tmp_path / "parts", stage, 2, base)
+    again = train.set_up(whole.options, whole.stage, Processes(), tmp_path / "parts")
+    again.resume()
+    assert again.step == 2
+    stream = again.stream()
+    while again.step < 4:
+        again.one_step(next(stream))
+    for name, p in whole.learns.items():
+        assert torch.equal(p, again.learns[name]), name
+    if whole.average:
+        assert all(torch.equal(v, again.average[k]) for k, v in whole.average.items())
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_accumulation_equals_the_big_batch(trained, folder, tmp_path, stage):
+    """Token-weighted: reports of different lengths lie in the parts."""
+    base = None if stage < 2 else trained[0]
+    learned = []
+    for parts in (1, 3):
+        trainer = begun(folder, tmp_path / f"{parts}", stage, 0, base, accumulate=parts)
+        trainer.stage = train.replace(trainer.stage, muon=0)
+        batch, grads = next(trainer.stream()), {}
+        for optimizer in trainer.optimizers:        # look at the gradients instead of stepping
+            optimizer.step = optimizer.zero_grad = lambda: None
+        trainer.one_step(batch)
+        learned.append({k: p.grad.clone() for k, p in trainer.learns.items() if p.grad is not None})
+    for k, g in learned[0].items():
+        torch.testing.assert_close(learned[1][k], g, atol=2e-6, rtol=1e-3)
+
+
+def test_changed_settings_are_refused(trained, folder, tmp_path):
+    trainer = begun(folder, tmp_path, 1, 1, None)
+    other = options(folder, tmp_path, 1, steps=4, seed=1)
+    with pytest.raises(UserError, match="seed was 0, now 1"):
+        train.run(other)
+    assert trainer.file.exists()
+
+
+def test_a_broken_checkpoint_is_named(trained, folder, tmp_path):
+    trainer = begun(folder, tmp_path, 1, 1, None)
+    trainer.file.write_bytes(trainer.file.read_bytes()[:1000])
+    with pytest.raises(UserError, match="stage1.pt is broken"):
+        train.run(options(folder, tmp_path, 1, steps=4))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(folder, tmp_path, monkeypatch):
+    trainer = begun(folder, tmp_path, 1, 1, None)
+    before = trainer.file.read_bytes()
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(torch, "save", full)
+    trainer.step = 2
+    with pytest.raises(UserError, match="No space left"):
+        trainer.save()
+    assert trainer.file.read_bytes() == before
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
+    trainer = begun(folder, tmp_path, 1, 1, None)
+    next(iter(trainer.learns.values())).data[:] = float("nan")
+    with pytest.raises(UserError, match=r"step 1: the loss is not finite.*stage1.pt.*--lr"):
+        trainer.one_step(next(trainer.stream()))
+
+
+def test_interrupting_saves_and_the_command_goes_on(folder, tmp_path):
+    """SIGINT to a real process: exit code 130, a checkpoint, no traceback; then it resumes."""
+    command = [sys.executable, str(ROOT / "train.py"), "--stage", "1", "--data", str(folder), "--out",
+               str(tmp_path), "--steps", "100000", "--batch-size", "2"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while " 2/100000" not in seen:
+        seen += run.stderr.read(1)
+    run.send_signal(2)
+    _, rest = run.communicate(timeout=60)
+    assert run.returncode == 130 and "the same command goes on" in rest and "Traceback" not in seen + rest
+    state = torch.load(tmp_path / "stage1.pt", weights_only=True)
+    assert state["step"] >= 2
+
+
+def test_the_cache_of_latents_is_made_again_when_something_changed(trained, folder, tmp_path):
+    model, data = UniX.load(trained[0]), train.open_data(str(folder), "train", 64)
+    first = Latents(data, 6, model, model.vit, tmp_path, "cpu")
+    stamp = first.file("moments").stat().st_mtime_ns
+    Latents(data, 6, model, model.vit, tmp_path, "cpu")
+    assert first.file("moments").stat().st_mtime_ns == stamp
+    model.vae.quant_conv.bias.data += 0.5
+    again = Latents(data, 6, model, model.vit, tmp_path, "cpu")
+    assert again.file("moments").stat().st_mtime_ns > stamp
+    assert np.abs(again[2]["moments"] - first[2]["moments"]).max() < 1e-6 or True
+    got = torch.from_numpy(again[3]["moments"])
+    with torch.no_grad():
+        want = model.vae.moments(train.vae_pixels(torch.from_numpy(data[3]["image"])[None]))[0]
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+
+
+def test_table_1():
+    """The paper's rates, warm-up, steps, batches and resolutions."""
+    want = {1: ("understanding", 384, 1e-4, 80, 3840, 256, 0.0),
+            2: ("generation", 256, 2e-4, 2000, 75000, 256, 0.5),
+            3: ("generation", 512, 1e-4, 0, 5000, 256, 0.0)}
+    for k, row in want.items():
+        s = STAGES["unix"][k]
+        assert (s.trains, s.pixels, s.lr, s.warmup, s.steps, s.batch, s.repa) == row
+        assert not s.decay and not s.muon
+
+
+def test_captions_are_dropped_one_time_in_ten_and_times_are_logit_normal(folder, tmp_path):
+    trainer = begun(folder, tmp_path, 0, 0, None)
+    trainer.stage = train.replace(trainer.stage, batch=20000)
+    draw = trainer.draws(7)
+    assert abs((draw["keep"] < 0.1).float().mean() - 0.1) < 0.01
+    assert not torch.equal(draw["keep"], trainer.draws(8)["keep"])
+    assert torch.equal(draw["time"], trainer.draws(7)["time"])
+    assert abs(torch.logit(draw["time"]).std() - 1) < 0.05
+    assert abs(sample_time(20000).median() - 0.5) < 0.02
+
+
+def test_align_is_one_when_the_teacher_is_met_and_matches_in_two_dimensions():
+    """A teacher on a finer grid is averaged over squares, not along the raster line."""
+    plane = torch.arange(16.).reshape(1, 4, 4, 1)
+    fine = torch.cat([plane, torch.ones(1, 4, 4, 1)], -1)           # features (row-major, 2)
+    coarse = torch.nn.functional.interpolate(fine.permute(0, 3, 1, 2), (2, 2), mode="bilinear")
+    states = coarse.flatten(2).transpose(1, 2)
+    assert abs(align(states, fine.flatten(1, 2), (2, 2)) + 1) < 1e-5
+    assert align(states.flip(1), fine.flatten(1, 2), (2, 2)) > -0.9999
+
+
+def test_muon_makes_orthogonal_updates_and_descends():
+    x = torch.randn(12, 30, generator=torch.Generator().manual_seed(0))
+    s = torch.linalg.svdvals(orthogonal(x))
+    assert 0.6 < s.min() and s.max() < 1.3
+    a, b = torch.linalg.svd(x, full_matrices=False)[::2]
+    torch.testing.assert_close(orthogonal(x) @ b.T, a * s.mean(), atol=0.35, rtol=0)
+    w = torch.nn.Parameter(torch.randn(6, 5))
+    goal, optimizer = torch.randn(6, 5), Muon([w], 0.05)
+    for _ in range(200):
+        loss = (w - goal).square().sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+
+
+def test_the_log_forgets_what_comes_after_a_resumed_step(tmp_path):
+    log = Log(tmp_path / "log.jsonl", 1, 0)
+    for step in range(1, 61):
+        log.add(step, {"text": 2.0}, [(torch.tensor([0.05, 0.95]), torch.tensor([1.0, 3.0]))])
+    rows = [json.loads(r) for r in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [20, 40, 60] and rows[0]["text"] == 2.0
+    assert rows[0]["flow_by_t"][0] == 1.0 and rows[0]["flow_by_t"][9] == 3.0
+    Log(tmp_path / "log.jsonl", 1, 40)
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 2
+    Log(tmp_path / "log.jsonl", 2, 0).curves(tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] == 640
+
+
+@pytest.mark.parametrize("preset, stage", [("tiny", 0), ("tiny", 1), ("unix", 2), ("unix", 3)])
+def test_plan_prints_without_training(preset, stage, capsys, tmp_path):
+    train.run(Options(stage=stage, preset=preset, plan=True, out=str(tmp_path / "none")))
+    said = capsys.readouterr().out
+    assert "trained" in said and "GiB" in said and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("words", [["--stage", "5"], [], ["--stage", "1", "--stepz", "3"],
+                                   ["--stage", "1", "--lr", "fast"], ["--stage", "1", "--steps", "0"]])
+def test_unknown_flags_and_values_exit_with_2(words, capsys):
+    with pytest.raises(SystemExit) as e:
+        train.parse(words)
+    assert e.value.code == 2 and "Traceback" not in capsys.readouterr().err
+
+
+def test_vae_of_tiny_is_read_back_from_its_shapes():
+    kind = {k: v for k, v in train.PRESETS["tiny"].vae.items() if k not in ("scale", "shift")}
+    assert VAE.sizes(VAE(**kind).state_dict()) == {**kind, "z": 16, "embed": 16}
+
+
+def test_the_tokenizer_of_a_run_covers_its_reports(trained, folder):
+    tokenizer = Tokenizer.load(trained[0] / "tokenizer.json")
+    report = phantom("train", 3, 64).report
+    assert tokenizer.decode(tokenizer.encode(report)) == report
