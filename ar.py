@@ -348,7 +348,8 @@ class ViTBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width),
+                                   "proj": nn.Linear(width, width)})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -374,6 +375,7 @@ class ViT(nn.Module):
         return rearrange(self.patch_embed["proj"](pixels), "b d h w -> b (h w) d") + self.pos_embed
 
     def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (b, 3, H, W) -> features (b, n, d)."""
         x = self.embed(pixels)
         for block in self.blocks:
             x = block(x)
@@ -410,11 +412,7 @@ class RadDino(ViT):
     def __init__(self, folder: Path, weights: dict[str, Tensor], about: dict, looks: dict):
         """`weights`: Hugging Face names, older or newer; `about`: its config.json; `looks`: its
         preprocessor_config.json, or {} for RAD-DINO's. Raises UserError."""
-        def old(name):      # names of the years before: attention.attention.query, output.dense
-            name = re.sub(r"^dinov2\.", "", name).replace("attention.attention.", "attention.")
-            name = re.sub(r"attention\.(query|key|value)\.", lambda m: f"attention.{m[1][0]}_proj.", name)
-            return name.replace("attention.output.dense.", "attention.o_proj.")
-        w = {old(k): v.float() for k, v in weights.items()}
+        w = {self.newer(k): v.float() for k, v in weights.items()}
         try:
             proj, places = (w[f"embeddings.{k}"] for k in ("patch_embeddings.projection.weight",
                                                            "position_embeddings"))
@@ -422,30 +420,47 @@ class RadDino(ViT):
             super().__init__(patch * math.isqrt(places.shape[1] - 1), patch, width,
                              w["encoder.layer.0.mlp.fc1.weight"].shape[0],
                              about["num_attention_heads"], about["num_hidden_layers"])
-            state = {"pos_embed": places, "patch_embed.proj.weight": proj,
-                     "patch_embed.proj.bias": w["embeddings.patch_embeddings.projection.bias"]}
-            for kind in ("weight", "bias"):
-                state[f"norm.{kind}"] = w[f"layernorm.{kind}"]
-                for i in range(len(self.blocks)):
-                    a, b = f"encoder.layer.{i}.", f"blocks.{i}."
-                    scale = [w[f"{a}layer_scale{j}.lambda1"].reshape(-1, *[1] * (kind == "weight"))
-                             for j in (1, 2)]
-                    state |= {f"{b}{n}.{kind}": w[f"{a}{n}.{kind}"] for n in ("norm1", "norm2", "mlp.fc1")}
-                    state[f"{b}mlp.fc2.{kind}"] = scale[1] * w[f"{a}mlp.fc2.{kind}"]
-                    state[f"{b}attn.proj.{kind}"] = scale[0] * w[f"{a}attention.o_proj.{kind}"]
-                    state[f"{b}attn.qkv.{kind}"] = torch.cat([w[f"{a}attention.{n}_proj.{kind}"] for n in "qkv"])
-        except KeyError as e:
-            raise UserError(f"{folder}: no DINOv2 model with plain MLPs ({e} is missing)") from None
-        self.pos_embed = nn.Parameter(places)
-        self.load_state_dict(state)
-        self.cls = nn.Parameter(w["embeddings.cls_token"])
+            self.pos_embed = nn.Parameter(places)
+            self.load_state_dict({
+                "pos_embed": places, "patch_embed.proj.weight": proj,
+                "patch_embed.proj.bias": w["embeddings.patch_embeddings.projection.bias"],
+                "norm.weight": w["layernorm.weight"], "norm.bias": w["layernorm.bias"],
+                **{f"blocks.{i}.{k}": v for i in range(len(self.blocks))
+                   for k, v in self.block(w, f"encoder.layer.{i}.").items()}})
+            self.cls = nn.Parameter(w["embeddings.cls_token"])
+        except (KeyError, RuntimeError) as e:       # RuntimeError: a tensor of another shape
+            raise UserError(f"{folder}: no DINOv2 model with plain MLPs; wrong is "
+                            f"{str(e).splitlines()[-1].strip()}") from None
         self.side = (looks.get("crop_size") or {}).get("height", 518)
         self.mean, self.std = ((looks.get(k) or [d])[0] for k, d in (("image_mean", 0.5307),
                                                                      ("image_std", 0.2583)))
         self.requires_grad_(False).eval()
 
+    @staticmethod
+    def newer(name: str) -> str:
+        """Older Hugging Face name of a tensor -> the newer one."""
+        name = re.sub(r"^dinov2\.", "", name).replace("attention.attention.", "attention.")
+        name = re.sub(r"\.(q|k|v)(?:uery|ey|alue)\.", r".\1_proj.", name)
+        return name.replace("attention.output.dense.", "attention.o_proj.")
+
+    @staticmethod
+    def block(w: dict[str, Tensor], at: str) -> dict[str, Tensor]:
+        """The tensors of our ViTBlock from those whose names begin with `at`."""
+        found = {}
+        for kind in ("weight", "bias"):
+            one, two = (w[f"{at}layer_scale{j}.lambda1"] for j in (1, 2))
+            if kind == "weight":
+                one, two = one[:, None], two[:, None]
+            for name in ("norm1", "norm2", "mlp.fc1"):
+                found[f"{name}.{kind}"] = w[f"{at}{name}.{kind}"]
+            found[f"mlp.fc2.{kind}"] = two * w[f"{at}mlp.fc2.{kind}"]
+            found[f"attn.proj.{kind}"] = one * w[f"{at}attention.o_proj.{kind}"]
+            found[f"attn.qkv.{kind}"] = torch.cat(
+                [w[f"{at}attention.{n}_proj.{kind}"] for n in "qkv"])
+        return found
+
     def embed(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (b, 3, H, W) -> (b, 1 + n, d)."""
+        """Normalised pixels (b, 3, H, W) -> class token and patches (b, 1 + n, d)."""
         x = self.patch_embed["proj"](pixels)
         grid = rearrange(self.pos_embed[:, 1:], "1 (h w) d -> 1 d h w", h=self.image // self.patch)
         if grid.shape[2:] != x.shape[2:]:
@@ -472,7 +487,8 @@ class Connector(nn.Module):
 
     def __init__(self, vit_width: int, width: int):
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(vit_width, width), nn.GELU("tanh"), nn.Linear(width, width))
+        self.layers = nn.Sequential(nn.Linear(vit_width, width), nn.GELU("tanh"),
+                                    nn.Linear(width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
@@ -544,4 +560,5 @@ def decode(lm: LanguageModel, tokens: Tensor, length: Tensor, image: Tensor | No
         done |= token == eos
         if done.all() or i + 1 == max_new:
             return
-        hidden = lm.tower.step(lm.embed_tokens(token), ids + i, cache, at + i, size + i + 1, context.ragged)
+        hidden = lm.tower.step(lm.embed_tokens(token), ids + i, cache, at + i, size + i + 1,
+                               context.ragged)

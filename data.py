@@ -1,16 +1,22 @@
-"""Films and reports in, batches out: phantoms, data folders, cleaning, finding labels (ours).
+"""Films and reports in, batches out (ours; the paper prepares its data as Sec. 3.4 says).
 
-A film is uint8 (h, w), grey; a report is `FINDINGS: ... IMPRESSION: ...`. Sides are the patient's:
-the patient's left is on the viewer's right.
+A film is grey, uint8 (h, w). A report is `FINDINGS: ... IMPRESSION: ...`, or one of the two. Sides
+are the patient's: the patient's left is on the viewer's right. In this order:
 
-    python data.py DIR        a first look at a data folder
+    films           read_image, square, vit_pixels, vae_pixels
+    data folders    read_data: MIMIC-CXR-JPG, IU, NIH, CheXGenBench, metadata.csv
+    batches         open_data, Dataset, batches
+    phantoms        phantom: drawn films without end; heart_width measures a film
+    their reports   write_report
+    labels          label_report, locate: what a report says of the 14 classes of CheXpert
+    cleaning        clean_report, clean_checked: what a film cannot show goes
+    a first look    sheet; `python data.py DIR`
 """
 
 import argparse
 import contextlib
 import csv
 import fnmatch
-import functools
 import gzip
 import hashlib
 import itertools
@@ -40,7 +46,8 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`, which takes its name once it is whole and on disk."""
+    """Yields a temporary path beside `path`, which takes its name once it is whole and on disk.
+    UserError if it cannot be written."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -55,345 +62,404 @@ def atomic(path):
             temporary.unlink()
 
 
-# ---- label tables: regular expressions over lower-case whole words, "-" read as a space ----------
-HEARTS, MEDIASTINUM = r"(?:heart|cardiac|cardio ?mediastinal)", r"(?:cardio ?)?mediastin(?:um|al)"
-GAP = r"(?:(?!normal|unremark|enlarge|widen|with)[\w,/]+ ){0,9}?"   # from a noun to its verdict
-NORMAL_WORDS = r"(?:normal|unremarkable|not (?:\w+ )?(?:enlarged|widened))"
-MENTIONS = {  # class -> phrases that say it is there
-    "Enlarged Cardiomediastinum": rf"(?:widen|enlarge)\w* (?:\w+ ){{0,3}}{MEDIASTINUM}"
-        rf"|{MEDIASTINUM} {GAP}(?:widen|enlarge)\w*",
-    "Cardiomegaly": rf"cardiomegaly|(?:enlarge\w*|large|big|borderline) (?:of (?:the )?)?{HEARTS}"
-                    rf"|{HEARTS} {GAP}(?:enlarge\w*|(?:is|remains|appears) (?:\w+ )?large)",
-    "Lung Opacity": r"opaci\w+|air ?spaces? (?:disease|process)|infiltrat\w+|reticulation"
-        r"|(?:increased|patchy|streaky|hazy|linear|vague|ill defined|basilar|focal) densit\w+"
-        r"|(?:interstitial|reticular) (?:lung )?(?:\w+ )?(?:markings?|pattern|disease|thickening)",
-    "Lung Lesion": r"nodules?|nodular (?:lesions?|opaci\w+|densit\w+|mass\w*)|mass(?:es)?|tumou?rs?"
-        r"|neoplasms?|carcinomas?|cavitary \w+|cavitations?"
-        r"|(?:lung|pulmonary) (?:cancer|lesions?|metas\w+)",
-    "Edema": r"edema|heart failure|congestive failure|chf|congestion"
-        r"|vascula\w+ (?:prominence|engorgement|redistribution|indistinctness)"
-        r"|prominen\w+ (?:of the )?(?:\w+ )?(?:pulmonary )?vascula\w+",
-    "Consolidation": r"consolidat\w+|air ?spaces? (?:disease|process)|infiltrat\w+",
-    "Pneumonia": r"(?:broncho)?pneumonias?|pneumonitis|(?<!granulomatous )infecti\w+",
-    "Atelectasis": r"atelecta\w+|(?:lung|lobe|lobar) collapse|collapse of the \w+",
-    "Pneumothorax": r"(?:hydro)?pneumothora\w+",
-    "Pleural Effusion":
-        r"(?<!pericardial )effusions?|pleural fluid|hydropneumothora\w+|hemothora\w+|empyema",
-    "Pleural Other": r"pleural (?:\w+ )?(?:thickening|scar\w*|plaques?|calcifications?)|fibrothorax"
-                     r"|pleuro ?parenchymal (?:\w+ )?scar\w*",
-    "Fracture": r"fractur\w+",
-    "Support Devices":
-        r"catheters?|pace(?:maker|r)s?|piccs?|tubes?|(?:medi)?ports?|leads?|stents?|a?icd|drains?"
-        r"|\w*stimulators?|defibrillator|generator|devices?|hardware|dobbhoff|swan ganz"
-        r"|(?:prosthetic|mechanical|artificial) (?:\w+ )?valves?|valv\w+ (?:replacement|prosthesis)"
-        r"|(?:central|venous|ij|jugular|subclavian|arterial) lines?"
-        r"|lines?(?= (?:\w+ ){0,3}(?:tip|terminat|end|in place|position))"
-        r"|tips?(?= (?:\w+ ){0,6}(?:svc|cava|caval|cavoatrial|atri\w+|stomach|carina))"}
-NORMALS = {  # class -> phrases that say by themselves that it is not there
-    "Enlarged Cardiomediastinum":
-        rf"{MEDIASTINUM} {GAP}{NORMAL_WORDS}|normal (?:\w+ ){{0,3}}{MEDIASTINUM}",
-    "Cardiomegaly": rf"{HEARTS} {GAP}{NORMAL_WORDS}|normal (?:\w+ ){{0,2}}{HEARTS}",
-    "Lung Opacity": r"lungs? (?:\w+ ){0,4}clear(?! of)|clear (?:\w+ ){0,2}lungs?",
-    "Pleural Effusion": r"pleural spaces (?:\w+ )?clear"}
-NO_CUE = r"no (?:\w+ ){0,3}changes?(?: (?:in|of))?|(?:without|not) (?:\w+ )?changed?|not only"
-NOT = r"not(?! (?:\w+ ){0,2}(?:exclude|rule))"
-EXCLUDE = (r"(?:(?:is|are) )?(?:cannot|can not|not|difficult to) (?:be )?(?:\w+ )?"
-           r"(?:excluded?|ruled? out)")
-NEGATION = (  # cues in front of a mention, cues behind it
-    rf"no|{NOT}|without|negative for|n?either|nor|(?:resolution|removal) of"
-    r"|(?:free|clear|absence|lack|clearing) of|^ ?(?:interval )?resolved",
-    rf"(?:(?:is|are|was|were|has|have|may|can) )?(?:{NOT}|no longer)|: (?:no|none|absent|negative)"
-    r"|(?:(?:has|have) )?(?:been )?(?:completely )?(?:removed|resolved|cleared)|has been excluded"
-    r"|(?:is|are) (?:absent|(?:\w+ )?unlikely)|(?:is|are|appears?) (?:within|normal)")
-UNCERTAINTY = (
-    r"may|might|could|possibl[ey]|potential(?:ly)?|suggest\w*|suspect\w*|suspicious for|question\w*"
-    rf"|concern\w*|versus|vs|differential|correlate|evaluate for|equivocal|rule out|{EXCLUDE}",
-    rf"{EXCLUDE}|versus|vs|(?:(?:is|are) )?less likely"
-    r"|(?:is|are) (?:\w+ )?(?:possible|suspected)|(?:may|might|could) be (?:present|considered)"
-    r"|(?:is )?(?:\w+ )?(?:in the differential|consideration|possibility|concern)")
-CLAUSE_RE = re.compile(     # a cue reaches through its clause; these begin a new one
-    r";|\b(?:but|however|although|though|except|aside from|apart from|other than|otherwise|which"
-    r"|while|whereas|there (?:is|are)|and the)\b"
-    r"|\bwith (?=(?:\w+ )?(?:small|mild|moderate|large|bilateral|left|right)\b)"
-    r"|, (?=(?:\w+ )?(?:small|mild|moderate|large|left|right)\b)(?!.*(?:\b(?:n?or|and)\b|/))")
-SEVERITY = {  # in rising order
-    "mild": r"mild(?:ly)?|small|minimal(?:ly)?|slight(?:ly)?|tiny|trace|borderline|minor|subtle",
-    "moderate": r"moderate(?:ly)?|medium",
-    "severe": r"severe(?:ly)?|large|marked(?:ly)?|massive(?:ly)?|extensive|gross(?:ly)?|huge"
-              r"|substantial(?:ly)?|significant(?:ly)?"}
-BOTH = r"bilateral(?:ly)?|both|bibasilar|bibasal|biapical|(?:greater|larger|worse) (?:on|at|in) the"
-MIDLINE = ("Cardiomegaly", "Enlarged Cardiomediastinum")
-REPORT = (r"normal|unremarkable|clear|acute|disease|abnormalit\w+|findings?|chest|lungs?|heart"
-          r"|cardiac|thoracic|pulmonary|spine|bon[ey]\w*|osseous|ribs?|deformity|vertebra\w*")
-RANK = (0, -1, 1).index        # what wins when a report mentions a class more than once
+# ---------------------------------------------------------------- films
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # no EPS: that would start Ghostscript
 
 
-def whole_words(phrases, lead=""):
-    return re.compile(rf"{lead}(?<!\w)(?:{phrases})(?!\w)")
+def read_image(path, at_least=0):
+    """File -> uint8 (h, w) grey, upright as its EXIF says. UserError if it is no readable image.
 
-
-MENTION_RE, NORMAL_RE, SEVERITY_RE = ({k: whole_words(p) for k, p in table.items()}
-                                      for table in (MENTIONS, NORMALS, SEVERITY))
-SIDE_RE = {s: whole_words(rf"(?<!to the ){s}|{BOTH}") for s in ("left", "right")}
-NO_CUE_RE, REPORT_RE = whole_words(NO_CUE), whole_words(REPORT)
-JOINT_RE = re.compile(r",|\b(?:and|or|with)\b")
-# between a mention and a cue behind it there is no other verb and no comma
-NEAR = r"(?:(?!\b(?:is|are|was|were|has|have|with|may|might|could)\b)[^,;]){0,40}?"
-CUES_RE = [(whole_words(front), whole_words(behind, NEAR))
-           for front, behind in (NEGATION, UNCERTAINTY)]
-
-
-def find_sides(phrase):
-    return frozenset(side for side, pattern in SIDE_RE.items() if pattern.search(phrase))
-
-
-@lru_cache(maxsize=1 << 16)
-def read_sentence(sentence):
-    """One lower-case sentence -> tuple of (class, 1 | 0 | -1, sides, severity), one a mention.
-
-    Side and severity stand between the joints (comma, and, or, with) next to the mention; a
-    mention that names no side takes the sides of its sentence.
+    Deeper than 8 bits: the lowest value becomes black and the highest white, so a 12-bit film in a
+    16-bit file keeps its contrast. What is transparent becomes black, like padding. `at_least`: a
+    JPEG may be decoded at 1/2, 1/4 or 1/8 with no side shorter than that (several times faster).
     """
-    sentence, found = NO_CUE_RE.sub(" ", sentence), []
-    cuts = [0, *(m.start() for m in CLAUSE_RE.finditer(sentence)), len(sentence)]
-    for clause in (sentence[a:b] for a, b in zip(cuts, cuts[1:])):
-        found += [(c, 0, frozenset(), "") for c, p in NORMAL_RE.items() if p.search(clause)]
-        mentions = [(c, m) for c, p in MENTION_RE.items() for m in p.finditer(clause)]
-        first = [front.search(clause) if mentions else None for front, _ in CUES_RE]
-        starts = sorted({m.start() for _, m in mentions})
-        joints = [(JOINT_RE.search(clause, a, b), b) for a, b in zip(starts, starts[1:])]
-        edges = [0, *(joint.start() if joint else b for joint, b in joints), len(clause)]
-        for c, m in mentions:
-            negated, unsure = (cue and cue.start() < m.start() or behind.match(clause, m.end())
-                               for cue, (_, behind) in zip(first, CUES_RE))
-            value = 0 if negated or " not " in m[0] else -1 if unsure else 1
-            i = starts.index(m.start())
-            phrase = clause[edges[i]:edges[i + 1]]
-            sides = find_sides(phrase) or find_sides("" if c in MIDLINE else sentence)
-            severity = [k for k, p in SEVERITY_RE.items() if p.search(phrase)]
-            found.append((c, value, sides, severity[-1] if severity else ""))
-    return tuple(found)
+    if not os.path.isfile(path):
+        raise UserError(f"{path} is not a file; give the path of an image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL on odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # by the header
+            with Image.open(path, formats=FORMATS) as film:
+                if at_least:
+                    film.draft("L", (at_least, at_least))
+                return grey(ImageOps.exif_transpose(film))
+    except Exception as error:  # PIL raises a dozen kinds for broken files
+        problem = " ".join(str(error).split()) if os.path.getsize(path) else "it is empty"
+        raise UserError(f"{path} is no readable image ({problem}); give a whole PNG, JPEG or TIFF "
+                        f"of at most {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
 
 
-def pieces(sentence):
-    """Cut what is too long for a sentence, so that time stays linear in the length of a text."""
-    return re.findall(r".{1,600}(?:\s|$)|.{600}", sentence)
+def grey(film):
+    if film.mode[0] in "IF":  # I;16, I, F
+        x = np.asarray(film).astype(np.float64)
+        x = np.where(np.isfinite(x), x, np.nan)
+        low, high = np.nanmin(x), np.nanmax(x)
+        return np.nan_to_num((x - low) * (255 / max(high - low, 1e-30))).round().astype(np.uint8)
+    if film.has_transparency_data:
+        film = film.convert("RGBA")
+        film = Image.alpha_composite(Image.new("RGBA", film.size, "black"), film)
+    return np.array(film.convert("L"))
 
 
-def find_mentions(text):
-    for sentence in re.split(r"[.!?]+(?:\s|$)|\n\s*\n|\n\s*[-*\d]+\s", text.lower()):
-        for piece in pieces(re.sub(r"[-_\s\0]+", " ", sentence.replace(":", " : "))):
-            yield from read_sentence(piece)
+def square(image, size):
+    """uint8 (h, w) -> (size, size): scaled with antialiasing and centred on black [P]."""
+    h, w = (max(1, round(side * size / max(image.shape))) for side in image.shape)
+    top, left = (size - h) // 2, (size - w) // 2
+    padded = np.zeros((size, size), np.uint8)  # after scaling: a long thin film costs no memory
+    film = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3)
+    padded[top:top + h, left:left + w] = film
+    return padded
 
 
-def label_report(text):
-    """Report -> {class: 1 positive | 0 negative | -1 uncertain}; classes not mentioned are absent.
+def vit_pixels(images):
+    """uint8 (b, h, w) -> float (b, 3, h, w), as the ViT wants it (released code)."""
+    return ((images.float() / 255 - .555895) / .336385)[:, None].expand(-1, 3, -1, -1)
 
-    In the spirit of the CheXpert labeler (Irvin et al. 2019): phrases are found in findings and
-    impression, then a cue of negation or uncertainty in the same clause changes them; over a
-    report positive wins, then uncertain. "No Finding" is 1 when no class is positive or uncertain,
-    Support Devices aside (as in CheXpert); it is absent otherwise, or where nothing reads like a
-    report. Unlike CheXpert, "infiltrate" and "airspace disease" count as Consolidation too (ours).
+
+def vae_pixels(images):
+    """uint8 (b, h, w) -> float (b, 3, h, w) in [-1, 1], as the VAE wants it (released code)."""
+    return (images.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+
+
+# ---------------------------------------------------------------- data folders
+class Dropped(dict):
+    """Reason -> [count, first example]: nothing is left out without a word."""
+    rows = 0  # how many were read
+
+    def add(self, reason, example):
+        self.setdefault(reason, [0, str(example)])[0] += 1
+
+    def lines(self):
+        return [f"{count:,} of {self.rows:,} {reason}: first {example}"
+                for reason, (count, example) in self.items()]
+
+
+def table(path, columns, dropped):
+    """Yield the wanted columns of a .csv, .csv.gz or .jsonl file, a tuple a row: of "a|b" the first
+    that it has; "a?" may be absent and is then "". UserError if it is unreadable or lacks one."""
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+            lines = (line.replace("\0", "") for line in file)
+            rows = json_rows(lines) if path.suffix == ".jsonl" else csv.reader(lines)
+            header, at = [name.strip().lower() for name in next(rows, [])], []
+            for column in columns:
+                names = [name for name in column.rstrip("?").split("|") if name in header]
+                if not names and column[-1] != "?":
+                    raise UserError(f"{path} has no column '{column}', only "
+                                    f"{', '.join(header)[:200] or 'an empty first line'}; add it")
+                at.append(header.index(names[0]) if names else -1)
+            pick, last = operator.itemgetter(*at), max(at)
+            for row in rows:
+                if len(row) > last:
+                    row.append("")  # what an absent column, -1, picks
+                    yield pick(row)
+                elif row:
+                    dropped.add(f"rows of {path.name} cut short, skipped", row[0])
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
+        raise UserError(f"{path} cannot be read ({error}); mend it or copy it again") from None
+
+
+def json_rows(lines):
+    """JSON objects, one a line, as csv.reader would give them: the header, then lists."""
+    keys = []
+    for at, line in enumerate(lines, 1):
+        try:
+            record = {"caption": "", "split": "", "id": "", **json.loads(line)}
+        except (ValueError, TypeError, RecursionError):
+            raise csv.Error(f"line {at} is no JSON object") from None
+        if not keys:
+            keys = list(record)
+            yield keys
+        texts = ("" if record.get(key) is None else str(record[key]) for key in keys)
+        yield [text.encode(errors="replace").decode() for text in texts]  # lone surrogates
+
+
+def hash_split(key, test=None):
+    """80/10/10 by a hash of `key`, or 90/10/0 where `test` says if it is of a given test set."""
+    tenth = hashlib.sha256(key.encode()).digest()[0] % 10
+    test = tenth == 9 if test is None else test
+    return "test" if test else "val" if tenth == 8 else "train"
+
+
+def listing(folder):
+    """The set of names in a folder; none if it is no folder or may not be read."""
+    with contextlib.suppress(OSError):
+        return set(os.listdir(folder))
+    return set()
+
+
+class Item(NamedTuple):
+    """A film. The films of one study share `id`, the name of their report."""
+    id: str
+    path: str          # below the data folder
+    report: str        # as found: its text, or the name of its file (MIMIC), or labels (NIH)
+    caption: str = ""  # what to draw it from, if that is not the report
+
+
+def mimic_rows(root, dropped, splits, views):
+    columns = ("dicom_id", "viewposition")
+    frontal = {name for name, view in table(views[0], columns, dropped) if view in ("AP", "PA")}
+    columns = ("dicom_id", "study_id", "subject_id", "split")
+    for name, study, subject, split in table(splits[0], columns, dropped):
+        folder = f"files/p{subject[:2]}/p{subject}/s{study}"
+        if name in frontal:
+            yield split, Item(f"s{study}", f"{folder}/{name}.jpg", f"{folder}.txt")
+        else:
+            dropped.add("films not frontal (AP, PA), skipped", name)
+
+
+def iu_rows(root, dropped, reports, projections):
+    films = {}
+    for uid, name, view in table(projections[0], ("uid", "filename", "projection"), dropped):
+        if view == "Frontal":
+            films.setdefault(uid, []).append(name)
+        else:
+            dropped.add("films not frontal, skipped", name)
+    folders = "images/images_normalized", "images_normalized", "images"
+    folder = next((f for f in folders if listing(root / f)), "images")
+    for uid, *parts in table(reports[0], ("uid", "findings", "impression"), dropped):
+        named = zip(("FINDINGS: ", "IMPRESSION: "), parts)
+        text = " ".join(name + part.strip() for name, part in named if part.strip())
+        if uid not in films:
+            dropped.add("reports without a frontal film, or repeated, skipped", uid)
+        for name in films.pop(uid, ()):
+            yield hash_split(uid), Item(uid, f"{folder}/{name}", text)
+    for name in itertools.chain(*films.values()):
+        dropped.add("films without a report, skipped", name)
+
+
+def nih_rows(root, dropped, entries):
+    folders = [str(p.relative_to(root)) for p in (root / "images", *root.glob("images_*/images"))]
+    where = {name: folder for folder in folders for name in listing(root / folder)}
+    official = root / "test_list.txt"
+    tests = set(official.read_text("latin-1").split()) if official.exists() else None
+    columns, known = ("image index", "finding labels", "patient id"), {*NIH, "No Finding"}
+    for name, labels, patient in table(entries[-1], columns, dropped):
+        if known.issuperset(labels.split("|")):
+            split = hash_split(patient, None if tests is None else name in tests)
+            yield split, Item(name, f"{where.get(name, 'images')}/{name}", sys.intern(labels))
+        else:
+            dropped.add("films with an unknown label, skipped", f"{name} ({labels})")
+
+
+def listed_rows(root, dropped, files):
+    """metadata.csv / .jsonl, or CheXGenBench's tables of training and of test prompts."""
+    columns = ("image|path|image_path|img_path|filename", "report|annotated_prompt",
+               "caption|annotated_prompt?", "split?", "id?")
+    for file in files:
+        named = re.search(r"(?<![a-z])(train|test)(?![a-z])", file.name.lower())
+        for path, report, caption, split, name in table(file, columns, dropped):
+            path = re.sub(r"^(?=p\d\d/)", "files/", path.replace("\\", "/"))  # inside MIMIC
+            patient = re.search(r"p\d{8}", path) or [path]
+            split = split or hash_split(patient[0], named and named[0] == "test")
+            yield split, Item(name or path, path, report, caption)
+
+
+LAYOUTS = {  # name: rows(root, dropped, files of each mark) -> (split, Item), and its marks
+    "MIMIC-CXR-JPG": (mimic_rows, "mimic-cxr-2*-split.csv*", "mimic-cxr-2*-metadata.csv*"),
+    "IU / Open-i": (iu_rows, "indiana_reports.csv*", "indiana_projections.csv*"),
+    "NIH ChestX-ray14": (nih_rows, "Data_Entry_2017*.csv*"),
+    "CheXGenBench": (listed_rows, "LLAVARAD_ANNOTATIONS_*.csv"),
+    "plain folder": (listed_rows, "metadata.csv*"),
+    "plain JSON folder": (listed_rows, "metadata.jsonl"),
+    "table of prompts": (listed_rows, "*.csv")}
+ENDLESS = 1 << 40
+SPLITS = {"tra": "train", "val": "val", "dev": "val", "tes": "test"}  # validate, testing, ...
+
+
+def read_data(source, size, task="report"):
+    """'phantom' or a data folder (or one table of it) -> {"train", "val", "test": Dataset}.
+
+    No image is looked at. Where CheXGenBench's prompts lie in another layout's folder, the task
+    "image" takes these. UserError if the folder or a table is missing, unknown or broken.
     """
-    labels, text = {}, "\n\n".join(split_sections(text).values())
-    for c, value, _, _ in find_mentions(text):
-        labels[c] = max(labels.get(c, 0), value, key=RANK)
-    found = any(v for c, v in labels.items() if c != "Support Devices")
-    if not found and (labels or REPORT_RE.search(text.lower())):
-        labels["No Finding"] = 1
-    return labels
+    root, dropped, cleaned = Path(source), Dropped(), {}
+    splits = {"train": range(ENDLESS), "val": range(512), "test": range(512)}
+    if source == "phantom":
+        return {k: Dataset(root, source, k, v, size, dropped, cleaned) for k, v in splits.items()}
+    files = sorted(root / name for name in listing(root)) or [root] * os.path.isfile(root)
+    root = root.parent if files == [root] else root
+    found = {name: [[f for f in files if fnmatch.fnmatch(f.name, mark)] for mark in marks]
+             for name, (_, *marks) in LAYOUTS.items()}
+    found = {name: tables for name, tables in found.items() if all(tables)}
+    if not found:
+        wanted = "; ".join(f"{name} ({', '.join(marks)})" for name, (_, *marks) in LAYOUTS.items())
+        problem = "holds no known layout" if os.path.exists(source) else "does not exist"
+        raise UserError(f"{source} {problem}; give 'phantom' or a folder of one of: {wanted}")
+    layout = "CheXGenBench" if "CheXGenBench" in found and task == "image" else next(iter(found))
+    splits, seen = {"train": [], "val": [], "test": []}, set()
+    for name, item in LAYOUTS[layout][0](root, dropped, *found[layout]):
+        split = SPLITS.get(name.strip().lower()[:3])
+        reason = ("rows of an unknown split" if not split else
+                  "rows without an image" if not item.path else
+                  "paths out of the data folder" if re.search(r"^/|(^|/)\.\.(/|$)", item.path) else
+                  "images listed before" if item.path in seen else
+                  "empty reports" if not item.report.strip() else "")
+        if reason:
+            dropped.add(f"{reason}, skipped", f"{item.path} {name}")
+        else:
+            seen.add(item.path)
+            splits[split].append(item)
+    dropped.rows = len(seen) + sum(count for count, _ in dropped.values())
+    if (root / "cleaned.jsonl").exists():
+        cleaned = dict(table(root / "cleaned.jsonl", ("id", "report"), dropped))
+        for name in cleaned.keys() - {item.id for items in splits.values() for item in items}:
+            dropped.add("lines of cleaned.jsonl of unknown id, unused", name)
+    return {k: Dataset(root, layout, k, v, size, dropped, cleaned) for k, v in splits.items()}
 
 
-def locate(text):
-    """Report -> {positive class: {"sides": subset of {"left", "right"}, "severity": "" | "mild"
-    | "moderate" | "severe"}}; of several mentions all sides and the greatest severity."""
-    order, places = ["", *SEVERITY], {}
-    for c, value, sides, severity in find_mentions("\n\n".join(split_sections(text).values())):
-        if value == 1:
-            place = places.setdefault(c, {"sides": set(), "severity": ""})
-            place["sides"] |= sides
-            place["severity"] = max(place["severity"], severity, key=order.index)
-    return places
+def open_data(source, split, size, task="report"):
+    """-> the Dataset of a split of 'phantom' or of a data folder, its images known to be there."""
+    data = read_data(source, size, task)[split]
+    data.drop_missing()
+    return data
 
 
-# ---- sections and cleaning: rules instead of the paper's LLM (ours) ------------------------------
-HEADERS = {
-    "FINDINGS": r"findings?(?:(?: and |/)impressions?)?",
-    "IMPRESSION": r"impressions?|conclusions?|opinion",
-    "BODY": r"final (?:addendum|report)|wet read",      # prose of either kind follows
-    "SKIP": r"(?:type of )?exam(?:ination)?s?|study|procedure|indications?|clinical data|technique"
-            r"|(?:(?:clinical|medical) )?(?:history|information|indication)|comparisons?"
-            r"|reason for (?:this )?(?:exam(?:ination)?|study)|(?:notific|recommend)ations?"}
-NAMES, CAPITALS = "|".join(HEADERS.values()), r"[A-Z0-9 ,/&()-]{0,60}"
-HEADER_RE = re.compile(
-    rf"(?:^|(?<=[.!?:])\s|(?P<inline> )) ?(?P<name>{NAMES}) ?(?::|$)"
-    rf"|^(?-i:{CAPITALS}\b(?:CHEST|RADIOGRAPHS?|VIEWS?)\b{CAPITALS}):", re.I | re.M)
+# ---------------------------------------------------------------- batches
+UNREADABLE, EMPTY = "images unreadable, skipped", "reports missing or empty, skipped"
+UNCLEANED = "reports kept uncleaned"
 
 
-def split_sections(text):
-    """Report -> {"FINDINGS": ..., "IMPRESSION": ...}, only those that it has.
+class Dataset:
+    """The films and reports of a split, decoded and cleaned when they are asked for.
 
-    Headers come in any order and case, with a colon or alone on a line. Without a FINDINGS header
-    the findings are what stands under no header: before the first one, after "FINAL REPORT" or
-    "CHEST, PA AND LATERAL:", or in paragraphs after a blank line. Without any header, everything.
+    ds[i] is {"image": uint8 (size, size), "report", "caption", "index", ...}. For a broken film or
+    an empty report the next good item stands in (its index is given), and `dropped` counts it.
+    UserError if over 5% of the images are missing or, of 20 or more decoded, unreadable.
     """
-    text = re.sub(r"[^\S\n]+", " ", text)
-    sections = {"FINDINGS": "", "IMPRESSION": "", "BODY": ""}
-    section, start = "BODY", 0
-    for m in [*HEADER_RE.finditer(text), None]:
-        if m and m["inline"] and not (m["name"].isupper() and m[0].endswith(":")):
-            continue                                    # "the following findings:" in a sentence
-        chunk = text[start:m.start() if m else len(text)]
-        if section == "SKIP":
-            section, chunk = "BODY", "".join(re.split(r"\n\s*\n", chunk, maxsplit=1)[1:])
-        sections[section] += "\n\n" + chunk
-        if m:
-            start, name = m.end(), m["name"] or ""
-            section = next((k for k, p in HEADERS.items() if re.fullmatch(p, name, re.I)), "BODY")
-    body = sections.pop("BODY")
-    sections["FINDINGS"] = sections["FINDINGS"] if sections["FINDINGS"].strip() else body
-    return {k: v.strip() for k, v in sections.items() if v.strip()}
 
+    def __init__(self, root, layout, split, items, size, dropped, cleaned):
+        self.root, self.layout, self.split, self.items, self.size = root, layout, split, items, size
+        self.dropped, self.cleaned, self.seen, self.unreadable = dropped, cleaned, set(), 0
 
-STUDY = (r"(?:views?|radiographs?|images?|imaging|films?|x-?(?:rays?|___)|exam(?:ination)?s?|study"
-         r"|studies|projections?|scans?|cts?|___)")
-VIEW = (rf"(?:{STUDY}|pa|ap|frontal|lateral|portable|upright|supine|chest|the|an?|of|on|at|from|for"
-        r"|in|dated|performed)")
-VIEWS = (rf"(?:{VIEW}|single|one|two|three|\d|and|as|with|was|were|is|are|obtained|provided"
-         r"|available|submitted|reviewed|patient|position|final|report|thorax)\b[\s,.()-]*")
-OLD = r"(?:prior|previous|last|earlier|old|preceding|outside|yesterday)"
-EARLIER = (  # "the prior study of ___", "___", "prior chest CT", ...
-    rf"(?=(?:(?:the|an?|most|recent|her|his|chest|from) )*(?:{OLD}|study|exam|ct|pa|___)\b)"
-    rf"(?:(?:{VIEW}|{OLD}|most|recent|multiple|her|his|same|day|today|comparison|and(?= lateral)"
-    r"|tomography|date|hours?)\b(?:,(?= ___))? *)+")
-SEEN = r"(?:seen|noted|demonstrated|described|visuali[sz]ed|identified|present|evident)"
-BE = r"(?:(?:that |which )?(?:is|are|has|have|has been|have been|appears?))"
-ADVERB = (r"(?:(?:also|otherwise|overall|not|very|somewhat|interval|significant|relevant|definite"
-          r"|substantial|further|appreciable|(?:significant|substantial|slight|mild|moderate|marked"
-          r"|minimal|relative|essential|gross|large|near|like)ly),? )*")
-DROPPED = {  # name -> pattern: sentences that go as a whole
-    "communication":
-        r"\b(?:discussed|communicated|notified|informed|relayed|conveyed|called|paged|reported"
-        r"|reviewed)\b.*(?:\b(?:dr|(?:tele)?phone|pager|physicians?|nurse|team|md|results?|resident"
-        r"|receipt)\b|___)|\bdr\b.*\b(?:discussed|notified|aware|telephone)\b|critical result",
-    "no earlier study":
-        rf"\bno (?:(?:relevant|recent|other|direct|available|chest) )*(?:comparison|{OLD})\b.*\b"
-        rf"(?:available|comparison|{STUDY})\b|^comparison|^(?:none|not) available|for .*comparison",
-    "removed device": r"\b(?:has|have) been (?:removed|discontinued)\b|\bremoval of\b|\bextubat",
-    "view": rf"^(?:{VIEWS})+$|\bexamination consists of|\bwere obtained\b",
-    "hidden subject": r"^(?:the |visualized )?___ (?:___ )*(?:is|are|appears?|intact)\b",
-    "no change": rf"^{ADVERB}(?:there (?:is|has been|are) )?(?:no|little) (?:\w+ ){{0,3}}(?:change"
-                 r"|difference)s?(?: (?:from|since|in the interval|identified|seen).*)?\W*$"}
-REPHRASED = [  # (name, pattern, replacement): inside a sentence, in this order
-    ("time", r"\s*(?:\b(?:at|on|approximately) )*\b\d{1,2}:\d\d(?: ?hours| ?[ap]m)?\b", ""),
-    ("date", r"\b(?:\d{1,2}/\d{1,2}/\d{2,4}|\d{4}-\d\d-\d\d|(?:jan|feb|mar|apr|may|june?|july?|aug"
-     r"|sep|oct|nov|dec)[a-z]* \d{1,2},? \d{4})\b", "___"),
-    ("earlier study", r",?\s*(?:(?:\b(?:in|as|when|by) )?\b(?:compar(?:ed|ison)|relation)"
-     r"(?: is made)? (?:to|with|from)|\b(?:as )?(?:since|from|relative to|(?:to|than|on|with)"
-     rf"(?= (?:\w+ ){{0,2}}(?:prior|previous|earlier|ct)(?: (?:\w+ ){{0,2}}{STUDY}|\W*$)))"
-     rf"|\b(?:(?:that|which) )?(?:was |were )?not (?:\w+ )?{SEEN} (?:on|in)) {EARLIER}", " "),
-    ("technique", r"^(?:considering|accounting for|given) (?:differences in )?(?:technical factors"
-     r"|technique),?| (?:for|given) (?:the )?(?:ap |portable )*(?:technique|projection)\b", ""),
-    ("view shows", rf"^(?:{VIEWS})+(?:demonstrates?|shows?|reveals?)(?: that)? ", ""),
-    ("on a view", rf",?\s+(?:(?:(?:as|best|only|also|well) )*{SEEN} )?(?:only )?on (?:the )?"
-     r"(?:lateral|frontal|pa|ap) (?:view|projection|radiograph|image|film)s?\b", ""),
-    ("little change in", rf"(?:\bthere(?: has|'s) been )?\b(?:no|little|minimal) {ADVERB}change"
-     r" (?:in|of) (?:the )?(?:(?:appearance|position|size) of (?:the )?)?", ""),
-    ("again", rf"\b(?:(?:once )?again|previously|re-?demonstrat(?:ed|ion of))\b(?: {SEEN})?", ""),
-    ("resolved", r"^\s*(?:interval )?(?:resolved|resolution of)(?: the)? ", "no "),
-    ("has resolved", r"^\s*(?:the )?\s*([^,]*?),? (?:has|have) (?:\w+ )?resolved", r"no \1"),
-    ("has received", r"^\W*(?:the )?patient has received (?:an?|the) ", "there is a "),
-    ("remains", r"\b(?:remains|continues to be)\b", "is"),
-    ("remain", r"\b(?:remain|continue to be)\b", "are"),
-    ("has increased", rf"\b(?:has|have)(?: been)? {ADVERB}(?:increased|decreased|developed|appeared"
-     rf"|enlarged|improved|worsened|progressed|repositioned)(?: in size| in extent)?"
-     r"(?: and(?= is| are))?", ""),
-    ("is larger", rf"\b{BE} {ADVERB}(?:worse|larger|smaller)(?! than| on)", ""),
-    ("increase in", rf"\b(?:the )?{ADVERB}(?:(?:slight|mild) )?(?:increase|decrease|improvement"
-     r"|worsening|development) (?:in|of) (?:the )?(?:(?:size|extent) of (?:the )?)?", ""),
-    ("increased effusion", rf"\b{ADVERB}(?:increas(?:ed|ing)|decreas(?:ed|ing)|larger|smaller)"
-     r" (?=(?:[\w-]+ ){0,4}(?:effusion|pneumo|edema|atelecta|consolid|congesti|cardiomeg|nodul"
-     r"|mass|opaci|infiltrat))", ""),
-    ("stable", rf"(?:(?<=normal )and )?\b{ADVERB}(?:stable|(?:un)?changed|similar|the same|interval"
-     r"|persist(?:ent|ing|ently)|worsen(?:ing|ed)|improv(?:ing|ed)|progressive|resolving|evolving"
-     r"|new|residual|pre-?existing|now|in the inter(?:val|im)|with(?:out change| interval"
-     r" improvement))\b(?: appearing)?(?:,? (?:in|since|over) (?:the |overall )?(?:\w+ and )?"
-     r"(?:appearance|size|position|extent|interval|configuration))?(?: appearance of(?: the)?)?",
-     ""),
-    ("is and", rf"\b({BE})\s+(?:and|but|with)(?= (?:\w+ )?(?:normal|not|within|unremarkable|at"
-     r"|enlarged|mild|borderline|clear|intact))", r"\1"),
-    ("verb alone", rf"(?<=there is)\s*,|,?\s*(?<!there )\b{BE}(?=\s*(?:[.,;]|$|and\b))", ""),
-    ("name", r",?\s*\b(?:by |with |to )?(?:dr|mr|mrs|ms) (?:(?-i:[A-Z]\w+)|___)(?: ___)*", ""),
-    ("no mark of", r"\bno (?:___ )+of (?:an? )?", "no "),
-    ("mark", r"\s*\b(?:(?:of|on|from|dated|since|by|at|in|with|to|for)(?: the)? )?(?:___[ /]*)+"
-     r"(?=\s*(?:[.,;]|$))|\s*___", ""),
-    ("doubled mark", r"\(\s*\)|[,;:](?=\s*[.,;:])| +(?=[.,;:)])", ""),
-    ("bad start", r"^(?:[\W_]|(?:and|but|with|which|however|is|are)\b)+", ""),
-    ("bad end", r"(?:[\s,;:.!?-]|\b(?:and|or|but|with|that|the|is|are|of|not|as|may|be"
-     r"|significantly|slightly)\b)+$", ""),
-    ("nothing left", r"^(?:(?:this|findings?|the|and|of|is|are|has|have|with|in|a|heart|cardiac"
-     r"|size|cardio-?mediastinal|mediastin\w+|hilar|hila|silhouettes?|contours?|appearance|chest"
-     r"|lungs?|pulmonary|exam|aeration|basilar|no|structures|there|position|also|or|as|at|on|for"
-     r"|noted)\b\W*)*$", ""),
-]
-MARK_RE = re.compile(r"\[\*\*[^]]{0,80}\*\*\]|<?(?:_{2,}|X{3,})>?")
-TITLE_RE = re.compile(r"\b(Dr|Mr|Mrs|Ms|vs|[ap]\.m)\.", re.I)
-DROPPED_RE = {name: re.compile(p, re.I) for name, p in DROPPED.items()}
-REPHRASED_RE = {name: (re.compile(p, re.I), new) for name, p, new in REPHRASED}
+    def __len__(self):
+        return len(self.items)
 
+    def __getitem__(self, index):
+        sample = self.fetch(range(len(self))[index])
+        self.account([sample])
+        return sample
 
-@lru_cache(maxsize=1 << 16)
-def clean_sentence(sentence):
-    """One sentence without what its image cannot show; "" where nothing is left."""
-    if any(p.search(sentence) for p in DROPPED_RE.values()):
+    def __getitems__(self, indices):  # what a DataLoader worker calls: its counts would be lost
+        return [self.fetch(index) for index in indices]
+
+    def fingerprint(self):
+        """A name for caches: changes with the layout, the split, the size and any item."""
+        known = repr((self.layout, self.split, self.size, self.items))
+        return hashlib.sha256(known.encode()).hexdigest()[:16]
+
+    def drop_missing(self):
+        """Leave out and count the items whose image is not there; lists every folder once."""
+        if not self.items:
+            why = "; ".join(self.dropped.lines()) or "its table has no rows of it"
+            raise UserError(f"{self.root} ({self.layout}) has no {self.split} split: {why}")
+        if self.layout == "phantom":
+            return
+        names = lru_cache(None)(lambda folder: listing(os.path.join(self.root, folder)))
+        where = (item.path.rpartition("/") for item in self.items)
+        there = [name in names(folder) for folder, _, name in where]
+        missing = [item.path for item, found in zip(self.items, there) if not found]
+        if len(missing) > .05 * len(self):
+            raise UserError(f"{len(missing):,} of {len(self):,} images of the {self.split} split "
+                            f"are missing; the first is expected at {self.root / missing[0]}")
+        for path in missing:
+            self.dropped.add("images missing, skipped", path)
+        self.items = [item for item, found in zip(self.items, there) if found]
+
+    def raw(self, i):
+        """The i-th report as it was found: "" if its file is missing."""
+        text = self.items[i].report
+        if self.layout != "MIMIC-CXR-JPG":
+            return text
+        for folder in ("mimic-cxr-reports", ""):
+            with contextlib.suppress(OSError):
+                return (self.root / folder / text).read_text(errors="replace")
         return ""
-    for pattern, new in REPHRASED_RE.values():
-        sentence = pattern.sub(new, sentence)
-    return sentence and sentence[0].upper() + sentence[1:] + "."
+
+    def text(self, i):
+        """-> the i-th report in the form FINDINGS: ... IMPRESSION: ..., and whether it is clean."""
+        if self.layout == "phantom":
+            return phantom_scene(self.split, i)[2], True
+        item = self.items[i]
+        if item.id in self.cleaned:
+            return self.cleaned[item.id], True
+        if item.caption == item.report:  # CheXGenBench's prompts are clean
+            return item.report, True
+        if self.layout == "NIH ChestX-ray14":  # has no reports: one is written, always the same
+            found = [NIH[label] for label in item.report.split("|") if label in NIH]
+            return write_report(found, np.random.default_rng([*item.id.encode()])), True
+        return clean_checked(self.raw(i))
+
+    def fetch(self, index):
+        """ds[index] with "notes", [(index, reason, path)] of what it replaces; counts nothing."""
+        if self.layout == "phantom":
+            film = phantom(self.split, index, self.size)
+            return {"image": film.image, "report": film.report, "caption": film.report,
+                    "index": index, "notes": [(index, "", "")]}
+        n, notes = len(self), []
+        for i in range(index, index + min(n, max(20, n // 20 + 1))):  # more is over 5% for sure
+            item, (report, clean) = self.items[i % n], self.text(i % n)
+            image, reason = None, "" if clean else UNCLEANED
+            try:
+                image = square(read_image(self.root / item.path, 2 * self.size), self.size)
+            except UserError:
+                reason = UNREADABLE
+            notes.append((i % n, reason if report else EMPTY, item.path))
+            if report and image is not None:
+                break
+        return {"image": image, "report": report, "caption": item.caption or report,
+                "index": i % n, "notes": notes}
+
+    def account(self, samples):
+        """Count what is new in the samples' notes. UserError where too much is broken."""
+        if self.layout == "phantom":
+            return
+        for i, reason, path in itertools.chain(*(sample["notes"] for sample in samples)):
+            if reason and i not in self.seen:
+                if reason not in self.dropped:
+                    print(f"{path}: {reason}; from here on only counted", file=sys.stderr)
+                self.dropped.add(reason, path)
+                self.unreadable += reason == UNREADABLE
+            self.seen.add(i)
+        lost = any(sample["notes"][-1][1] in (UNREADABLE, EMPTY) for sample in samples)
+        enough = max(len(self.seen), min(len(self), 400))  # else a few early ones stop a good run
+        if lost or len(self.seen) >= 20 and self.unreadable > .05 * enough:
+            raise UserError(f"too much of {self.root} is broken; mend or remove it: "
+                            + "; ".join(self.dropped.lines()))
 
 
-def join_sections(sections):
-    return " ".join(f"{k}: {' '.join(v.split())}" for k, v in sections.items() if v)
+@lru_cache(2)
+def shuffled(n, seed, epoch):
+    return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-def clean_report(text):
-    """Report -> "FINDINGS: ... IMPRESSION: ..." as the paper trains on, "" where nothing is left.
+def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
+    """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)}
+    (or whatever the data set's samples hold: texts as lists, all else stacked).
 
-    `DROPPED` and `REPHRASED` name what goes: de-identification marks, earlier studies, views,
-    technique, people, times. Change is restated as present ("increased effusion" -> "effusion").
+    The k-th depends on (seed, k) alone, so start_step resumes, and `workers` changes nothing.
+    Rank r of `world` gets its b = batch_size / world rows of each batch.
     """
-    cleaned = {}
-    for name, section in split_sections(text).items():
-        section = " ".join(MARK_RE.sub(" ___ ", section).replace("\0", " ").split())
-        section = TITLE_RE.sub(lambda m: m[1].replace(".", ""), section)
-        sentences = [p for s in re.split(r"(?<=[.!?])\s+", section) for p in pieces(s)]
-        cleaned[name] = " ".join(filter(None, map(clean_sentence, sentences)))
-    return join_sections(cleaned)
+    import torch  # here: a first look does without
+    if batch_size % world:
+        raise UserError(f"a batch of {batch_size} does not divide among {world} processes")
+
+    def order(n=len(dataset), b=batch_size // world):
+        for start in itertools.count(start_step * batch_size + rank * b, batch_size):
+            at = range(start, start + b)
+            yield [*at] if n == ENDLESS else [int(shuffled(n, seed, i // n)[i % n]) for i in at]
+
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order(), collate_fn=list,
+                                         num_workers=workers, generator=torch.Generator())
+    for samples in loader:
+        dataset.account(samples)
+        rows = {key: [s[key] for s in samples] for key in samples[0] if key != "notes"}
+        yield {key: row if isinstance(row[0], str) else torch.as_tensor(np.stack(row))
+               for key, row in rows.items()}
 
 
-def clean_checked(text):
-    """-> (cleaned report, True), or (its sections as they were, False) where a label changed."""
-    cleaned = clean_report(text)
-    if label_report(cleaned) == label_report(text):
-        return cleaned, True
-    return join_sections(split_sections(text)), False
-
-
-CLEAN_PROMPT = """Rewrite this chest X-ray report so that it says only what the image can show.
-Remove blanks left by de-identification, comparisons with earlier studies, views, technique, dates,
-and who was told. State change as present fact: "increased left effusion" becomes "left effusion".
-Keep each finding with its side, size, severity, certainty and negation, and add nothing. Answer
-"FINDINGS: ... IMPRESSION: ..." without a section that is empty.\n\nReport: {report}"""
-JUDGE_PROMPT = """Does the cleaned chest X-ray report keep every present or absent finding of the
-original (with side, size, severity, certainty), add none, and name no earlier study, view, date or
-person? Answer YES, or NO and the first fault.\n\nOriginal: {report}\n\nCleaned: {cleaned}"""
-
-
-# ---- phantoms: procedural films ------------------------------------------------------------
-# Drawn in chest coordinates: x = 0 on the midline and +-1 on the side walls, y = 0 at the apices and
-# 1 at the domes of the diaphragm. The patient's left is +x, the viewer's right.
-
-
+# ---------------------------------------------------------------- phantoms: what can be found
 class Finding(NamedTuple):
     """One finding; "" stands for not known or not applicable."""
     name: str           # one of CLASSES, or an extra of NIH such as "Emphysema"
@@ -404,13 +470,13 @@ class Finding(NamedTuple):
 
 
 class Film(NamedTuple):
+    """A phantom and all that is known of it."""
     image: np.ndarray   # uint8 (size, size)
     findings: tuple
     report: str
     heart_ratio: float  # width of the heart over the inner width of the chest
 
 
-# ---- what can be found ---------------------------------------------------------------------------
 SIDES, GRADES, ZONES = ("left", "right"), ("mild", "moderate", "severe"), ("upper", "mid", "lower")
 DEVICES = {  # thickness in image widths, and the course if it is on the left
     "endotracheal tube": (.016, (.02, -.4), (0, -.1), (0, .25)),
@@ -457,7 +523,7 @@ def sample_findings(rng):
     return tuple(found)
 
 
-# ---- drawing -------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- phantoms: drawing
 ANATOMY = {  # a person and an exposure, as uniform ranges; lengths in image widths
     "width": (.325, .395), "height": (.50, .58), "top": (.10, .155), "middle": (.475, .525),
     "tilt": (-.07, .07), "turn": (-.06, .06), "ratio": (.42, .48), "left_dome": (.02, .06),
@@ -481,7 +547,7 @@ def heart_ratio(scene, findings):
     return HEART[grade] + .35 * (scene["ratio"] - .45) if grade else scene["ratio"]
 
 
-@lru_cache(maxsize=8)
+@lru_cache(8)
 def noise(size):
     """Grain, coarse and fine mottle: a seamless tile each, two by two, (2 size, 2 size)."""
     tiles = []
@@ -495,7 +561,7 @@ def noise(size):
     return tiles
 
 
-@lru_cache(maxsize=8)
+@lru_cache(8)
 def vessel_trees(size):
     """(6, size, size): hila and branching vessels of an average chest."""
     chest = Chest({k: (low + high) / 2 for k, (low, high) in ANATOMY.items()}, size)
@@ -531,8 +597,10 @@ def arch(x, y, wall=1., top=0.):
 
 
 class Chest:
-    """A film while it is drawn. The methods named after classes paint a finding f; `sign` is that
-    of x on its side, `j` its four uniforms."""
+    """A film while it is drawn, in chest coordinates: x = 0 on the midline and +-1 on the side
+    walls, the patient's left being +x; y = 0 at the apices and 1 at the domes of the diaphragm.
+    The methods named after classes paint a finding f; `sign` is that of x on its side, `j` its
+    four uniforms."""
 
     def __init__(self, scene, size):
         self.s, self.size, self.wide, self.high = scene, size, scene["width"], scene["height"]
@@ -766,7 +834,7 @@ def heart_width(image):
     return float(heart / chest)
 
 
-# ---- reports -------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- reports of phantoms
 NIH = {name: Finding(name) for name in (
     "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pneumonia", "Pneumothorax",
     "Emphysema", "Fibrosis", "Hernia")} | {
@@ -856,415 +924,333 @@ def write_report(findings, rng):
     return f"FINDINGS: {' '.join(lines)} IMPRESSION: {summary}"
 
 
-# ---- films -------------------------------------------------------------------------------------
-FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # no EPS: that would start Ghostscript
+# ---------------------------------------------------------------- labels: tables
+# Regular expressions over lower-case whole words, "-" read as a space.
+HEARTS, MEDIASTINUM = r"(?:heart|cardiac|cardio ?mediastinal)", r"(?:cardio ?)?mediastin(?:um|al)"
+GAP = r"(?:(?!normal|unremark|enlarge|widen|with)[\w,/]+ ){0,9}?"  # from a noun to its verdict
+NORMAL_WORDS = r"(?:normal|unremarkable|not (?:\w+ )?(?:enlarged|widened))"
+AIRSPACE = r"air ?spaces? (?:disease|process)|infiltrat\w+"
+MENTIONS = {  # class -> phrases that say it is there
+    "Enlarged Cardiomediastinum": rf"(?:widen|enlarge)\w* (?:\w+ ){{0,3}}{MEDIASTINUM}"
+        rf"|{MEDIASTINUM} {GAP}(?:widen|enlarge)\w*",
+    "Cardiomegaly": rf"cardiomegaly|(?:enlarge\w*|large|big|borderline) (?:of (?:the )?)?{HEARTS}"
+        rf"|{HEARTS} {GAP}(?:enlarge\w*|(?:is|remains|appears) (?:\w+ )?large)",
+    "Lung Opacity": rf"opaci\w+|{AIRSPACE}|reticulation"
+        r"|(?:increased|patchy|streaky|hazy|linear|vague|ill defined|basilar|focal) densit\w+"
+        r"|(?:interstitial|reticular) (?:lung )?(?:\w+ )?(?:markings?|pattern|disease|thickening)",
+    "Lung Lesion": r"nodules?|nodular (?:lesions?|opaci\w+|densit\w+|mass\w*)|mass(?:es)?|tumou?rs?"
+        r"|neoplasms?|carcinomas?|cavit(?:ary|ation)\w*"
+        r"|(?:lung|pulmonary) (?:cancer|lesions?|metas\w+)",
+    "Edema": r"edema|(?:heart|congestive) failure|chf|congestion"
+        r"|vascula\w+ (?:prominence|engorgement|redistribution|indistinctness)"
+        r"|prominen\w+ (?:of the )?(?:\w+ )?(?:pulmonary )?vascula\w+",
+    "Consolidation": rf"consolidat\w+|{AIRSPACE}",
+    "Pneumonia": r"(?:broncho)?pneumonias?|pneumonitis|(?<!granulomatous )infecti\w+",
+    "Atelectasis": r"atelecta\w+|(?:lung|lobe|lobar) collapse|collapse of the \w+",
+    "Pneumothorax": r"(?:hydro)?pneumothora\w+",
+    "Pleural Effusion":
+        r"(?<!pericardial )effusions?|pleural fluid|(?:hydropneumo|hemo)thora\w+|empyema",
+    "Pleural Other": r"pleural (?:\w+ )?(?:thickening|scar\w*|plaques?|calcifications?)|fibrothorax"
+        r"|pleuro ?parenchymal (?:\w+ )?scar\w*",
+    "Fracture": r"fractur\w+",
+    "Support Devices":
+        r"catheters?|pace(?:maker|r)s?|piccs?|tubes?|(?:medi)?ports?|leads?|stents?|a?icd|drains?"
+        r"|\w*stimulators?|defibrillator|generator|devices?|hardware|dobbhoff|swan ganz"
+        r"|(?:prosthetic|mechanical|artificial) (?:\w+ )?valves?|valv\w+ (?:replacement|prosthesis)"
+        r"|(?:central|venous|ij|jugular|subclavian|arterial) lines?"
+        r"|lines?(?= (?:\w+ ){0,3}(?:tip|terminat|end|in place|position))"
+        r"|tips?(?= (?:\w+ ){0,6}(?:svc|cava|caval|cavoatrial|atri\w+|stomach|carina))"}
+NORMALS = {  # class -> phrases that say by themselves that it is not there
+    "Enlarged Cardiomediastinum":
+        rf"{MEDIASTINUM} {GAP}{NORMAL_WORDS}|normal (?:\w+ ){{0,3}}{MEDIASTINUM}",
+    "Cardiomegaly": rf"{HEARTS} {GAP}{NORMAL_WORDS}|normal (?:\w+ ){{0,2}}{HEARTS}",
+    "Lung Opacity": r"lungs? (?:\w+ ){0,4}clear(?! of)|clear (?:\w+ ){0,2}lungs?",
+    "Pleural Effusion": r"pleural spaces (?:\w+ )?clear"}
+NO_CUE = r"no (?:\w+ ){0,3}changes?(?: (?:in|of))?|(?:without|not) (?:\w+ )?changed?|not only"
+NOT = r"not(?! (?:\w+ ){0,2}(?:exclude|rule))"
+EXCLUDE = r"(?:is |are )?(?:can ?not|not|difficult to) (?:be )?(?:\w+ )?(?:excluded?|ruled? out)"
+NEGATION = (  # cues in front of a mention, cues behind it
+    rf"no|{NOT}|without|negative for|n?either|nor|(?:resolution|removal) of"
+    r"|(?:free|clear|absence|lack|clearing) of|^ ?(?:interval )?resolved",
+    rf"(?:(?:is|are|was|were|has|have|may|can) )?(?:{NOT}|no longer)|: (?:no|none|absent|negative)"
+    r"|(?:(?:has|have) )?(?:been )?(?:completely )?(?:removed|resolved|cleared)|has been excluded"
+    r"|(?:is|are) (?:absent|(?:\w+ )?unlikely)|(?:is|are|appears?) (?:within|normal)")
+UNCERTAINTY = (
+    r"may|might|could|possibl[ey]|potential(?:ly)?|suggest\w*|suspect\w*|suspicious for|question\w*"
+    rf"|concern\w*|versus|vs|differential|correlate|evaluate for|equivocal|rule out|{EXCLUDE}",
+    rf"{EXCLUDE}|versus|vs|(?:is |are )?less likely"
+    r"|(?:is|are) (?:\w+ )?(?:possible|suspected)|(?:may|might|could) be (?:present|considered)"
+    r"|(?:is )?(?:\w+ )?(?:in the differential|consideration|possibility|concern)")
+CLAUSE_RE = re.compile(  # a cue reaches through its clause; these begin a new one
+    r";|\b(?:but|however|although|though|except|aside from|apart from|other than|otherwise|which"
+    r"|while|whereas|there (?:is|are)|and the)\b"
+    r"|\bwith (?=(?:\w+ )?(?:small|mild|moderate|large|bilateral|left|right)\b)"
+    r"|, (?=(?:\w+ )?(?:small|mild|moderate|large|left|right)\b)(?!.*(?:\b(?:n?or|and)\b|/))")
+SEVERITY = {  # in rising order
+    "mild": r"mild(?:ly)?|small|minimal(?:ly)?|slight(?:ly)?|tiny|trace|borderline|minor|subtle",
+    "moderate": r"moderate(?:ly)?|medium",
+    "severe": r"(?:severe|marked|massive|gross|substantial|significant)(?:ly)?|large|extensive"}
+BOTH = r"bilateral(?:ly)?|both|bibasilar|bibasal|biapical|(?:greater|larger|worse) (?:on|at|in) the"
+REPORT = (r"normal|unremarkable|clear|acute|disease|abnormalit\w+|findings?|chest|lungs?|heart"
+          r"|cardiac|thoracic|pulmonary|spine|bon[ey]\w*|osseous|ribs?|deformity|vertebra\w*")
 
 
-def read_image(path, at_least=0):
-    """File -> uint8 (h, w) grey, upright as its EXIF says. UserError if it is no readable image.
+def whole_words(phrases, lead=""):
+    return re.compile(rf"{lead}(?<!\w)(?:{phrases})(?!\w)")
 
-    Deeper than 8 bits: the lowest value becomes black and the highest white, so a 12-bit film in a
-    16-bit file keeps its contrast. What is transparent becomes black, like padding. `at_least`: a
-    JPEG may be decoded at 1/2, 1/4 or 1/8 with no side shorter than that (several times faster).
+
+MENTION_RE, NORMAL_RE, SEVERITY_RE = ({k: whole_words(p) for k, p in table.items()}
+                                      for table in (MENTIONS, NORMALS, SEVERITY))
+SIDE_RE = {s: whole_words(rf"(?<!to the ){s}|{BOTH}") for s in SIDES}
+NO_CUE_RE, REPORT_RE = whole_words(NO_CUE), whole_words(REPORT)
+JOINT_RE = re.compile(r",|\b(?:and|or|with)\b")
+# between a mention and a cue behind it there is no other verb and no comma
+NEAR = r"(?:(?!\b(?:is|are|was|were|has|have|with|may|might|could)\b)[^,;]){0,40}?"
+CUES_RE = [(whole_words(front), whole_words(behind, NEAR))
+           for front, behind in (NEGATION, UNCERTAINTY)]
+
+
+# ---------------------------------------------------------------- labels: reading a report
+def split_sentences(text):
+    """Sentences and list items; cut at 600 characters: time stays linear in the text's length."""
+    for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n|\n\s*[-*\d]+\s", text):
+        yield from re.findall(r".{1,600}(?:\s|$)|.{600}", " ".join(sentence.split()))
+
+
+@lru_cache(1 << 16)
+def read_sentence(sentence):
+    """One lower-case sentence -> tuple of (class, 1 | 0 | -1, sides, severity), one a mention.
+
+    Side and severity stand between the joints (comma, and, or, with) next to the mention; a
+    mention that names no side takes the sides of its sentence.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{path} is not a file; give the path of an image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL on odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # by the header
-            with Image.open(path, formats=FORMATS) as film:
-                if at_least:
-                    film.draft("L", (at_least, at_least))
-                return grey(ImageOps.exif_transpose(film))
-    except Exception as error:  # PIL raises a dozen kinds for broken files
-        problem = " ".join(str(error).split()) if os.path.getsize(path) else "it is empty"
-        raise UserError(f"{path} is no readable image ({problem}); give a whole PNG, JPEG or TIFF "
-                        f"of at most {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
+    def sides(phrase):
+        return frozenset(side for side, pattern in SIDE_RE.items() if pattern.search(phrase))
+
+    sentence, found = NO_CUE_RE.sub(" ", sentence), []
+    cuts = [0, *(m.start() for m in CLAUSE_RE.finditer(sentence)), len(sentence)]
+    for clause in (sentence[a:b] for a, b in zip(cuts, cuts[1:])):
+        found += [(c, 0, frozenset(), "") for c, p in NORMAL_RE.items() if p.search(clause)]
+        mentions = [(c, m) for c, p in MENTION_RE.items() for m in p.finditer(clause)]
+        first = [front.search(clause) if mentions else None for front, _ in CUES_RE]
+        starts = sorted({m.start() for _, m in mentions})
+        joints = [(JOINT_RE.search(clause, a, b), b) for a, b in zip(starts, starts[1:])]
+        edges = [0, *(joint.start() if joint else b for joint, b in joints), len(clause)]
+        for c, m in mentions:
+            negated, unsure = (cue and cue.start() < m.start() or behind.match(clause, m.end())
+                               for cue, (_, behind) in zip(first, CUES_RE))
+            value = 0 if negated or " not " in m[0] else -1 if unsure else 1
+            i = starts.index(m.start())
+            phrase = clause[edges[i]:edges[i + 1]]
+            midline = c in ("Cardiomegaly", "Enlarged Cardiomediastinum")
+            severity = ["", *(k for k, p in SEVERITY_RE.items() if p.search(phrase))][-1]
+            found.append((c, value, sides(phrase) or sides("" if midline else sentence), severity))
+    return tuple(found)
 
 
-def grey(film):
-    if film.mode[0] in "IF":  # I;16, I, F
-        x = np.asarray(film).astype(np.float64)
-        x = np.where(np.isfinite(x), x, np.nan)
-        low, high = np.nanmin(x), np.nanmax(x)
-        return np.nan_to_num((x - low) * (255 / max(high - low, 1e-30))).round().astype(np.uint8)
-    if film.has_transparency_data:
-        film = film.convert("RGBA")
-        film = Image.alpha_composite(Image.new("RGBA", film.size, "black"), film)
-    return np.array(film.convert("L"))
+def find_mentions(text):
+    """Yield (class, 1 | 0 | -1, sides, severity) of every mention in a report."""
+    for sentence in split_sentences("\n\n".join(split_sections(text).values()).lower()):
+        yield from read_sentence(re.sub(r"[-_\s\0]+", " ", sentence.replace(":", " : ")))
 
 
-def square(image, size):
-    """uint8 (h, w) -> (size, size): scaled with antialiasing and centred on black [P]."""
-    h, w = (max(1, round(side * size / max(image.shape))) for side in image.shape)
-    top, left = (size - h) // 2, (size - w) // 2
-    padded = np.zeros((size, size), np.uint8)  # after scaling: a long thin film costs no memory
-    film = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3)
-    padded[top:top + h, left:left + w] = film
-    return padded
+def label_report(text):
+    """Report -> {class: 1 positive | 0 negative | -1 uncertain}; classes not mentioned are absent.
 
-
-def vit_pixels(images):
-    """uint8 (b, h, w) -> float (b, 3, h, w), as the ViT wants it (released code)."""
-    return ((images.float() / 255 - .555895) / .336385)[:, None].expand(-1, 3, -1, -1)
-
-
-def vae_pixels(images):
-    """uint8 (b, h, w) -> float (b, 3, h, w) in [-1, 1], as the VAE wants it (released code)."""
-    return (images.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
-
-
-# ---- tables ------------------------------------------------------------------------------------
-class Dropped(dict):
-    """Reason -> [count, first example]: nothing is left out without a word."""
-    rows = 0  # how many were read
-
-    def add(self, reason, example):
-        self.setdefault(reason, [0, str(example)])[0] += 1
-
-    def lines(self):
-        return [f"{count:,} of {self.rows:,} {reason}: first {example}"
-                for reason, (count, example) in self.items()]
-
-
-def table(path, columns, dropped):
-    """Yield the wanted columns of a .csv, .csv.gz or .jsonl file, a tuple a row.
-
-    "a|b" is the first of these columns that the file has; "a?" may be absent and is then "".
-    UserError if the file cannot be read or lacks a column.
+    In the spirit of the CheXpert labeler (Irvin et al. 2019): phrases are found in findings and
+    impression, then a cue of negation or uncertainty in the same clause changes them; over a
+    report positive wins, then uncertain. "No Finding" is 1 when no class is positive or uncertain,
+    Support Devices aside (as in CheXpert); it is absent otherwise, or where nothing reads like a
+    report. Unlike CheXpert, "infiltrate" and "airspace disease" count as Consolidation too (ours).
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
-            lines = (line.replace("\0", "") for line in file)
-            rows = json_rows(lines) if path.suffix == ".jsonl" else csv.reader(lines)
-            header, at = [name.strip().lower() for name in next(rows, [])], []
-            for column in columns:
-                names = [name for name in column.rstrip("?").split("|") if name in header]
-                if not names and column[-1] != "?":
-                    raise UserError(f"{path} has no column '{column}', only "
-                                    f"{', '.join(header)[:200] or 'an empty first line'}; add it")
-                at.append(header.index(names[0]) if names else -1)
-            pick, last = operator.itemgetter(*at), max(at)
-            for row in rows:
-                if len(row) > last:
-                    row.append("")  # what an absent column, -1, picks
-                    yield pick(row)
-                elif row:
-                    dropped.add(f"rows of {path.name} cut short, skipped", row[0])
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error}); mend it or copy it again") from None
+    labels = {}
+    for c, value, _, _ in find_mentions(text):
+        labels[c] = max(labels.get(c, 0), value, key=(0, -1, 1).index)
+    found = any(v for c, v in labels.items() if c != "Support Devices")
+    if not found and (labels or REPORT_RE.search(" ".join(split_sections(text).values()).lower())):
+        labels["No Finding"] = 1
+    return labels
 
 
-def json_rows(lines):
-    """JSON objects, one a line, as csv.reader would give them: the header, then lists."""
-    keys = []
-    for at, line in enumerate(lines, 1):
-        try:
-            record = {"caption": "", "split": "", "id": "", **json.loads(line)}
-        except (ValueError, TypeError, RecursionError):
-            raise csv.Error(f"line {at} is no JSON object") from None
-        if not keys:
-            keys = list(record)
-            yield keys
-        texts = ("" if record.get(key) is None else str(record[key]) for key in keys)
-        yield [text.encode(errors="replace").decode() for text in texts]  # lone surrogates
+def locate(text):
+    """Report -> {positive class: {"sides": subset of {"left", "right"}, "severity": "" | "mild"
+    | "moderate" | "severe"}}; of several mentions all sides and the greatest severity."""
+    order, places = ["", *SEVERITY], {}
+    for c, value, sides, severity in find_mentions(text):
+        if value == 1:
+            place = places.setdefault(c, {"sides": set(), "severity": ""})
+            place["sides"] |= sides
+            place["severity"] = max(place["severity"], severity, key=order.index)
+    return places
 
 
-def hash_split(key, test=None):
-    """80/10/10 by a hash of `key`, or 90/10/0 where `test` says if it is of a given test set."""
-    tenth = hashlib.sha256(key.encode()).digest()[0] % 10
-    test = tenth == 9 if test is None else test
-    return "test" if test else "val" if tenth == 8 else "train"
+# ---------------------------------------------------------------- cleaning: rules
+# They stand for the paper's language model, whose prompts are unpublished (ours). "___" is a mark
+# of de-identification.
+STUDY = (r"(?:views?|radiographs?|images?|imaging|films?|x-?(?:rays?|___)|exam(?:ination)?s?|study"
+         r"|studies|projections?|scans?|cts?|___)")
+VIEW = (rf"(?:{STUDY}|pa|ap|frontal|lateral|portable|upright|supine|chest|the|an?|of|on|at|from|for"
+        r"|in|dated|performed)")
+VIEWS = (rf"(?:{VIEW}|single|one|two|three|\d|and|as|with|was|were|is|are|obtained|provided"
+         r"|available|submitted|reviewed|patient|position|final|report|thorax)\b[\s,.()-]*")
+OLD = r"(?:prior|previous|last|earlier|old|preceding|outside|yesterday)"
+EARLIER = (  # "the prior study of ___", "___", "prior chest CT", ...
+    rf"(?=(?:(?:the|an?|most|recent|her|his|chest|from) )*(?:{OLD}|study|exam|ct|pa|___)\b)"
+    rf"(?:(?:{VIEW}|{OLD}|most|recent|multiple|her|his|same|day|today|comparison|and(?= lateral)"
+    r"|tomography|date|hours?)\b(?:,(?= ___))? *)+")
+SEEN = r"(?:seen|noted|demonstrated|described|visuali[sz]ed|identified|present|evident)"
+BE = r"(?:(?:that |which )?(?:is|are|has|have|has been|have been|appears?))"
+ADVERB = (r"(?:(?:also|otherwise|overall|not|very|somewhat|interval|significant|relevant|definite"
+          r"|substantial|further|appreciable|(?:significant|substantial|slight|mild|moderate|marked"
+          r"|minimal|relative|essential|gross|large|near|like)ly),? )*")
+RULES = [  # (name, pattern, what takes its place; None: the whole sentence goes), in this order
+    ("communication", r"\b(?:discussed|communicated|notified|informed|relayed|conveyed|called|paged"
+     r"|reported|reviewed)\b.*(?:\b(?:dr|(?:tele)?phone|pager|physicians?|nurse|team|md|results?)\b"
+     r"|___)|\bdr\b.*\b(?:notified|aware|telephone)\b|critical result", None),
+    ("no earlier study", r"\bno (?:(?:relevant|recent|other|direct|available|chest) )*(?:comparison"
+     rf"|{OLD})\b.*\b(?:available|comparison|{STUDY})\b|^comparison|^(?:none|not) available"
+     r"|for .*comparison", None),
+    ("view", rf"^(?:{VIEWS})+$|\bexamination consists of|\bwere obtained\b", None),
+    ("hidden subject", r"^(?:the |visualized )?___ (?:___ )*(?:is|are|appears?|intact)\b", None),
+    ("date", r"\b(?:\d\d?:\d\d(?: ?hours| ?[ap]m)?|\d\d?/\d\d?/\d{2,4}|\d{4}-\d\d-\d\d"
+     r"|[a-z]{3,9} \d\d?,? (?:19|20)\d\d)\b", "___"),
+    ("earlier study", r",?\s*(?:(?:\b(?:in|as|when|by) )?\b(?:compar(?:ed|ison)|relation)"
+     r"(?: is made)? (?:to|with|from)|\b(?:as )?(?:since|from|relative to|(?:to|than|on|with)"
+     rf"(?= (?:\w+ ){{0,2}}(?:prior|previous|earlier|ct)(?: (?:\w+ ){{0,2}}{STUDY}|\W*$)))"
+     rf"|\b(?:(?:that|which) )?(?:was |were )?not (?:\w+ )?{SEEN} (?:on|in)) {EARLIER}", " "),
+    ("technique", r"^(?:considering|accounting for|given) (?:differences in )?(?:technical factors"
+     r"|technique),?| (?:for|given) (?:the )?(?:ap |portable )*(?:technique|projection)\b", ""),
+    ("view shows", rf"^(?:{VIEWS})+(?:demonstrates?|shows?|reveals?)(?: that)? ", ""),
+    ("on a view", rf",?\s+(?:(?:(?:as|best|only|also|well) )*{SEEN} )?(?:only )?on (?:the )?"
+     r"(?:lateral|frontal|pa|ap) (?:view|projection|radiograph|image|film)s?\b", ""),
+    ("no change", rf"(?:\bthere(?: has|'s) been )?\b(?:no|little|minimal) (?:acute )?{ADVERB}"
+     r"(?:change|difference|increase|decrease|improvement|worsening)s?(?: identified| seen)?"
+     r"(?:(?=\W*$)| (?:in|of)(?: the)?(?: (?:appearance|position|size|extent) of(?: the)?)?)", ""),
+    ("again", rf"\b(?:(?:once )?again|previously|re-?demonstrat(?:ed|ion of))\b(?: {SEEN})?", ""),
+    ("resolution of", r"^\s*(?:there (?:is|has been) )?(?:interval )?(?:resolved|(?:resolution"
+     r"|removal) of)(?: the| an?)? ", "no "),
+    ("has resolved", r"^\s*(?:the )?\s*([^,]*?),? (?:has|have) (?:\w+ )?(?:resolved|removed)",
+     r"no \1"),
+    ("remains", r"\b(?:remains|continues to be)\b", "is"),
+    ("remain", r"\b(?:remain|continue to be)\b", "are"),
+    ("has increased", rf"\b(?:(?:has|have)(?: been)? {ADVERB}(?:increased|decreased|developed"
+     rf"|appeared|enlarged|improved|worsened|progressed|repositioned)|{BE} {ADVERB}(?:worse|larger"
+     r"|smaller)(?! than| on))(?: in size| in extent)?(?: and(?= is| are))?", ""),
+    ("increase in", rf"\b(?:the )?{ADVERB}(?:(?:slight|mild) )?(?:increase|decrease|improvement"
+     r"|worsening|development) (?:in|of) (?:the )?(?:(?:size|extent) of (?:the )?)?", ""),
+    ("increased effusion", rf"\b{ADVERB}(?:increas(?:ed|ing)|decreas(?:ed|ing)|larger|smaller)"
+     r" (?=(?:[\w-]+ ){0,4}(?:effusion|pneumo|edema|atelecta|consolid|congesti|cardiomeg|nodul"
+     r"|mass|opaci|infiltrat))", ""),
+    ("stable", rf"(?:(?<=normal )and )?\b{ADVERB}(?:stable|(?:un)?changed|similar|the same|interval"
+     r"|persist(?:ent|ing|ently)|worsen(?:ing|ed)|improv(?:ing|ed)|progressive|resolving|evolving"
+     r"|new|residual|pre-?existing|now|in the inter(?:val|im)|with(?:out change| interval"
+     r" improvement))\b(?: appearing)?(?:,? (?:in|since|over) (?:the |overall )?(?:\w+ and )?"
+     r"(?:appearance|size|position|extent|interval|configuration))?(?: appearance of(?: the)?)?",
+     ""),
+    ("is and", rf"\b({BE})\s+(?:and|but|with)(?= (?:\w+ )?(?:normal|not|within|unremarkable|at"
+     r"|enlarged|mild|borderline|clear|intact))", r"\1"),
+    ("verb alone", rf"(?<=there is)\s*,|,?\s*(?<!there )\b{BE}(?=\s*(?:[.,;]|$|and\b))", ""),
+    ("name", r",?\s*\b(?:by |with |to )?(?:dr|mr|mrs|ms) (?:(?-i:[A-Z]\w+)|___)(?: ___)*", ""),
+    ("no mark of", r"\bno (?:___ )+of (?:an? )?", "no "),
+    ("mark", r"\s*\b(?:(?:of|on|from|dated|since|by|at|in|with|to|for)(?: the)? )?(?:___[ /]*)+"
+     r"(?=\s*(?:[.,;]|$))|\s*___", ""),
+    ("doubled mark", r"\(\s*\)|[,;:](?=\s*[.,;:])| +(?=[.,;:)])", ""),
+    ("bad start", r"^(?:[\W_]|(?:and|but|with|which|however|is|are)\b)+", ""),
+    ("bad end", r"(?:[\s,;:.!?-]|\b(?:and|or|but|with|that|the|is|are|of|not|as|may|be"
+     r"|significantly|slightly)\b)+$", ""),
+    ("nothing left", r"^(?:(?:this|findings?|the|and|of|is|are|has|have|with|in|a|heart|cardiac"
+     r"|size|cardio-?mediastinal|mediastin\w+|hilar|hila|silhouettes?|contours?|appearance|chest"
+     r"|lungs?|pulmonary|exam|aeration|basilar|no|structures|there|position|also|or|as|at|on|for"
+     r"|noted)\b\W*)*$", None)]
+RULES_RE = {name: (re.compile(p, re.I), new) for name, p, new in RULES}
+MARK_RE = re.compile(r"\[\*\*[^]]{0,80}\*\*\]|<?(?:_{2,}|X{3,})>?|\0")
+TITLE_RE = re.compile(r"\b(Dr|Mr|Mrs|Ms|vs|[ap]\.m)\.", re.I)
+HEADERS = {
+    "FINDINGS": r"findings?(?:(?: and |/)impressions?)?",
+    "IMPRESSION": r"impressions?|conclusions?|opinion",
+    "BODY": r"final (?:addendum|report)|wet read",  # prose of either kind follows
+    "SKIP": r"(?:type of )?exam(?:ination)?s?|study|procedure|indications?|clinical data|technique"
+            r"|(?:(?:clinical|medical) )?(?:history|information|indication)|comparisons?"
+            r"|reason for (?:this )?(?:exam(?:ination)?|study)|(?:notific|recommend)ations?"}
+NAMES, CAPITALS = "|".join(HEADERS.values()), r"[A-Z0-9 ,/&()-]{0,60}"
+HEADER_RE = re.compile(
+    rf"(?:^|(?<=[.!?:])\s|(?P<inline> )) ?(?P<name>{NAMES}) ?(?::|$)"
+    rf"|^(?-i:{CAPITALS}\b(?:CHEST|RADIOGRAPHS?|VIEWS?)\b{CAPITALS}):", re.I | re.M)
 
 
-def listing(folder):
-    """The set of names in a folder; none if it is no folder or may not be read."""
-    with contextlib.suppress(OSError):
-        return set(os.listdir(folder))
-    return set()
+# ---------------------------------------------------------------- cleaning: sections and reports
+def split_sections(text):
+    """Report -> {"FINDINGS": ..., "IMPRESSION": ...}, only those that it has.
 
-
-# ---- layouts -----------------------------------------------------------------------------------
-class Item(NamedTuple):
-    """A film. The films of one study share `id`, the name of their report."""
-    id: str
-    path: str          # below the data folder
-    report: str        # as found: its text, or the name of its file (MIMIC), or labels (NIH)
-    caption: str = ""  # what to draw it from, if that is not the report
-
-
-def mimic_rows(root, dropped, splits, views):
-    columns = ("dicom_id", "viewposition")
-    frontal = {name for name, view in table(views[0], columns, dropped) if view in ("AP", "PA")}
-    columns = ("dicom_id", "study_id", "subject_id", "split")
-    for name, study, subject, split in table(splits[0], columns, dropped):
-        folder = f"files/p{subject[:2]}/p{subject}/s{study}"
-        if name in frontal:
-            yield split, Item(f"s{study}", f"{folder}/{name}.jpg", f"{folder}.txt")
-        else:
-            dropped.add("films not frontal (AP, PA), skipped", name)
-
-
-def iu_rows(root, dropped, reports, projections):
-    films = {}
-    for uid, name, view in table(projections[0], ("uid", "filename", "projection"), dropped):
-        if view == "Frontal":
-            films.setdefault(uid, []).append(name)
-        else:
-            dropped.add("films not frontal, skipped", name)
-    folders = "images/images_normalized", "images_normalized", "images"
-    folder = next((f for f in folders if listing(root / f)), "images")
-    for uid, *parts in table(reports[0], ("uid", "findings", "impression"), dropped):
-        named = zip(("FINDINGS: ", "IMPRESSION: "), parts)
-        text = " ".join(name + part.strip() for name, part in named if part.strip())
-        if uid not in films:
-            dropped.add("reports without a frontal film, or repeated, skipped", uid)
-        for name in films.pop(uid, ()):
-            yield hash_split(uid), Item(uid, f"{folder}/{name}", text)
-    for name in itertools.chain(*films.values()):
-        dropped.add("films without a report, skipped", name)
-
-
-def nih_rows(root, dropped, entries):
-    folders = [str(p.relative_to(root)) for p in (root / "images", *root.glob("images_*/images"))]
-    where = {name: folder for folder in folders for name in listing(root / folder)}
-    official = root / "test_list.txt"
-    tests = set(official.read_text("latin-1").split()) if official.exists() else None
-    columns, known = ("image index", "finding labels", "patient id"), {*NIH, "No Finding"}
-    for name, labels, patient in table(entries[-1], columns, dropped):
-        if known.issuperset(labels.split("|")):
-            split = hash_split(patient, None if tests is None else name in tests)
-            yield split, Item(name, f"{where.get(name, 'images')}/{name}", sys.intern(labels))
-        else:
-            dropped.add("films with an unknown label, skipped", f"{name} ({labels})")
-
-
-def listed_rows(root, dropped, files):
-    """metadata.csv / .jsonl, or CheXGenBench's tables of training and of test prompts."""
-    columns = ("image|path|image_path|img_path|filename", "report|annotated_prompt",
-               "caption|annotated_prompt?", "split?", "id?")
-    for file in files:
-        named = re.search(r"(?<![a-z])(train|test)(?![a-z])", file.name.lower())
-        for path, report, caption, split, name in table(file, columns, dropped):
-            path = re.sub(r"^(?=p\d\d/)", "files/", path.replace("\\", "/"))  # inside MIMIC
-            patient = re.search(r"p\d{8}", path) or [path]
-            split = split or hash_split(patient[0], named and named[0] == "test")
-            yield split, Item(name or path, path, report, caption)
-
-
-LAYOUTS = {  # name: rows(root, dropped, files of each mark) -> (split, Item), and its marks
-    "MIMIC-CXR-JPG": (mimic_rows, "mimic-cxr-2*-split.csv*", "mimic-cxr-2*-metadata.csv*"),
-    "IU / Open-i": (iu_rows, "indiana_reports.csv*", "indiana_projections.csv*"),
-    "NIH ChestX-ray14": (nih_rows, "Data_Entry_2017*.csv*"),
-    "CheXGenBench": (listed_rows, "LLAVARAD_ANNOTATIONS_*.csv"),
-    "plain folder": (listed_rows, "metadata.csv*"),
-    "plain JSON folder": (listed_rows, "metadata.jsonl"),
-    "table of prompts": (listed_rows, "*.csv")}
-ENDLESS = 1 << 40
-SPLITS = {"tra": "train", "val": "val", "dev": "val", "tes": "test"}  # validate, testing, ...
-
-
-def read_data(source, size, task="report"):
-    """'phantom' or a data folder (or one table of it) -> {"train", "val", "test": Dataset}.
-
-    No image is looked at. Where CheXGenBench's prompts lie in another layout's folder, the task
-    "image" takes these. UserError if there is no such folder, or if its layout is unknown.
+    Headers come in any order and case, with a colon or alone on a line. Without a FINDINGS header
+    the findings are what stands under no header: before the first one, after "FINAL REPORT" or
+    "CHEST, PA AND LATERAL:", or in paragraphs after a blank line. Without any header, everything.
     """
-    root, dropped, cleaned = Path(source), Dropped(), {}
-    splits = {"train": range(ENDLESS), "val": range(512), "test": range(512)}
-    if source == "phantom":
-        return {k: Dataset(root, source, k, v, size, dropped, cleaned) for k, v in splits.items()}
-    files = sorted(root / name for name in listing(root)) or [root] * os.path.isfile(root)
-    root = root.parent if files == [root] else root
-    found = {name: [[f for f in files if fnmatch.fnmatch(f.name, mark)] for mark in marks]
-             for name, (_, *marks) in LAYOUTS.items()}
-    found = {name: tables for name, tables in found.items() if all(tables)}
-    if not found:
-        wanted = "; ".join(f"{name} ({', '.join(marks)})" for name, (_, *marks) in LAYOUTS.items())
-        problem = "holds no known layout" if os.path.exists(source) else "does not exist"
-        raise UserError(f"{source} {problem}; give 'phantom' or a folder of one of: {wanted}")
-    layout = "CheXGenBench" if "CheXGenBench" in found and task == "image" else next(iter(found))
-    splits, seen = {"train": [], "val": [], "test": []}, set()
-    for name, item in LAYOUTS[layout][0](root, dropped, *found[layout]):
-        split = SPLITS.get(name.strip().lower()[:3])
-        reason = ("rows of an unknown split" if not split else
-                  "rows without an image" if not item.path else
-                  "paths out of the data folder" if item.path[0] == "/"
-                  or "/../" in f"/{item.path}/" else
-                  "images listed before" if item.path in seen else
-                  "empty reports" if not item.report.strip() else "")
-        if reason:
-            dropped.add(f"{reason}, skipped", f"{item.path} {name}")
-        else:
-            seen.add(item.path)
-            splits[split].append(item)
-    dropped.rows = len(seen) + sum(count for count, _ in dropped.values())
-    if (root / "cleaned.jsonl").exists():
-        cleaned = dict(table(root / "cleaned.jsonl", ("id", "report"), dropped))
-        for name in cleaned.keys() - {item.id for items in splits.values() for item in items}:
-            dropped.add("lines of cleaned.jsonl of unknown id, unused", name)
-    return {k: Dataset(root, layout, k, v, size, dropped, cleaned) for k, v in splits.items()}
+    text = re.sub(r"[^\S\n]+", " ", text)
+    sections = {"FINDINGS": "", "IMPRESSION": "", "BODY": ""}
+    section, start = "BODY", 0
+    for m in [*HEADER_RE.finditer(text), None]:
+        if m and m["inline"] and not (m["name"].isupper() and m[0].endswith(":")):
+            continue  # "the following findings:" in a sentence
+        chunk = text[start:m.start() if m else len(text)]
+        if section == "SKIP":
+            section, chunk = "BODY", "".join(re.split(r"\n\s*\n", chunk, maxsplit=1)[1:])
+        sections[section] += "\n\n" + chunk
+        if m:
+            start, name = m.end(), m["name"] or ""
+            section = next((k for k, p in HEADERS.items() if re.fullmatch(p, name, re.I)), "BODY")
+    body = sections.pop("BODY")
+    sections["FINDINGS"] = sections["FINDINGS"] if sections["FINDINGS"].strip() else body
+    return {k: v.strip() for k, v in sections.items() if v.strip()}
 
 
-def open_data(source, split, size, task="report"):
-    """-> the Dataset of a split of 'phantom' or of a data folder, its images known to be there."""
-    data = read_data(source, size, task)[split]
-    data.drop_missing()
-    return data
+@lru_cache(1 << 16)
+def clean_sentence(sentence):
+    """One sentence without what its film cannot show; "" where nothing is left."""
+    for pattern, new in RULES_RE.values():
+        if new is not None:
+            sentence = pattern.sub(new, sentence)
+        elif pattern.search(sentence):
+            return ""
+    return sentence[0].upper() + sentence[1:] + "."
 
 
-# ---- data sets and batches ---------------------------------------------------------------------
-UNREADABLE, EMPTY = "images unreadable, skipped", "reports missing or empty, skipped"
-UNCLEANED = "reports kept uncleaned"
+def join_sections(sections):
+    return " ".join(f"{k}: {' '.join(v.split())}" for k, v in sections.items() if v)
 
 
-class Dataset:
-    """The films and reports of a split, decoded and cleaned when they are asked for.
+def clean_report(text):
+    """Report -> "FINDINGS: ... IMPRESSION: ..." as the paper trains on, "" where nothing is left.
 
-    ds[i] is {"image": uint8 (size, size), "report", "caption", "index", ...}. For a broken film or
-    an empty report the next good item stands in (its index is given), and `dropped` counts it.
-    UserError if over 5% of the images are missing or, of 20 or more decoded, unreadable.
+    `RULES` names what goes: de-identification marks, earlier studies, views, technique, people,
+    times. Change is restated as present ("increased effusion" -> "effusion").
     """
-
-    def __init__(self, root, layout, split, items, size, dropped, cleaned):
-        self.root, self.layout, self.split, self.items, self.size = root, layout, split, items, size
-        self.dropped, self.cleaned, self.seen, self.unreadable = dropped, cleaned, set(), 0
-
-    def __len__(self):
-        return len(self.items)
-
-    def __getitem__(self, index):
-        sample = self.fetch(range(len(self))[index])
-        self.account([sample])
-        return sample
-
-    def __getitems__(self, indices):  # what a DataLoader worker calls: its counts would be lost
-        return [self.fetch(index) for index in indices]
-
-    def fingerprint(self):
-        """A name for caches: changes with the layout, the split, the size and any item."""
-        name = repr((self.layout, self.split, self.size, self.items))
-        return hashlib.sha256(name.encode()).hexdigest()[:16]
-
-    def drop_missing(self):
-        """Leave out and count the items whose image is not there; lists every folder once."""
-        if not self.items:
-            why = "; ".join(self.dropped.lines()) or "its table has no rows of it"
-            raise UserError(f"{self.root} ({self.layout}) has no {self.split} split: {why}")
-        if self.layout == "phantom":
-            return
-        names = functools.cache(lambda folder: listing(os.path.join(self.root, folder)))
-        where = (item.path.rpartition("/") for item in self.items)
-        there = [name in names(folder) for folder, _, name in where]
-        missing = [item.path for item, found in zip(self.items, there) if not found]
-        if len(missing) > .05 * len(self):
-            raise UserError(f"{len(missing):,} of {len(self):,} images of the {self.split} split "
-                            f"are missing; the first is expected at {self.root / missing[0]}")
-        for path in missing:
-            self.dropped.add("images missing, skipped", path)
-        self.items = [item for item, found in zip(self.items, there) if found]
-
-    def raw(self, i):
-        """The i-th report as it was found: "" if its file is missing."""
-        text = self.items[i].report
-        if self.layout != "MIMIC-CXR-JPG":
-            return text
-        for folder in ("mimic-cxr-reports", ""):
-            with contextlib.suppress(OSError):
-                return (self.root / folder / text).read_text(errors="replace")
-        return ""
-
-    def text(self, i):
-        """-> the i-th report in the form FINDINGS: ... IMPRESSION: ..., and whether it is clean."""
-        if self.layout == "phantom":
-            return phantom_scene(self.split, i)[2], True
-        item = self.items[i]
-        if item.id in self.cleaned:
-            return self.cleaned[item.id], True
-        if item.caption == item.report:  # CheXGenBench's prompts are clean
-            return item.report, True
-        if self.layout == "NIH ChestX-ray14":  # has no reports: one is written, always the same
-            found = [NIH[label] for label in item.report.split("|") if label in NIH]
-            return write_report(found, np.random.default_rng([*item.id.encode()])), True
-        return clean_checked(self.raw(i))
-
-    def fetch(self, index):
-        """ds[index] with "notes", [(index, reason, path)] of what it replaces; counts nothing."""
-        if self.layout == "phantom":
-            film = phantom(self.split, index, self.size)
-            return {"image": film.image, "report": film.report, "caption": film.report,
-                    "index": index, "notes": [(index, "", "")]}
-        n, notes = len(self), []
-        for i in range(index, index + min(n, max(20, n // 20 + 1))):  # more is over 5% for sure
-            item, (report, clean) = self.items[i % n], self.text(i % n)
-            image, reason = None, "" if clean else UNCLEANED
-            try:
-                image = square(read_image(self.root / item.path, 2 * self.size), self.size)
-            except UserError:
-                reason = UNREADABLE
-            notes.append((i % n, reason if report else EMPTY, item.path))
-            if report and image is not None:
-                break
-        return {"image": image, "report": report, "caption": item.caption or report,
-                "index": i % n, "notes": notes}
-
-    def account(self, samples):
-        """Count what is new in the samples' notes. UserError where too much is broken."""
-        if self.layout == "phantom":
-            return
-        for i, reason, path in itertools.chain(*(sample["notes"] for sample in samples)):
-            if reason and i not in self.seen:
-                if reason not in self.dropped:
-                    print(f"{path}: {reason}; from here on only counted", file=sys.stderr)
-                self.dropped.add(reason, path)
-                self.unreadable += reason == UNREADABLE
-            self.seen.add(i)
-        lost = any(sample["notes"][-1][1] in (UNREADABLE, EMPTY) for sample in samples)
-        enough = max(len(self.seen), min(len(self), 400))  # else a few early ones stop a good run
-        if lost or len(self.seen) >= 20 and self.unreadable > .05 * enough:
-            raise UserError(f"too much of {self.root} is broken; mend or remove it: "
-                            + "; ".join(self.dropped.lines()))
+    cleaned = {}
+    for name, section in split_sections(text).items():
+        section = TITLE_RE.sub(lambda m: m[1].replace(".", ""), MARK_RE.sub(" ___ ", section))
+        cleaned[name] = " ".join(filter(None, map(clean_sentence, split_sentences(section))))
+    return join_sections(cleaned)
 
 
-@functools.lru_cache(2)
-def shuffled(n, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(n)
+def clean_checked(text):
+    """-> (cleaned report, True), or (its sections as they were, False) where a label changed."""
+    cleaned = clean_report(text)
+    if label_report(cleaned) == label_report(text):
+        return cleaned, True
+    return join_sections(split_sections(text)), False
 
 
-def order(n, batch_size, seed, step, part):
-    """Yield the indices of batch `step` and of all after it, of each only the slice `part`."""
-    for k in itertools.count(step):
-        places = range(k * batch_size, (k + 1) * batch_size)[part]
-        if n == ENDLESS:
-            yield [*places]
-        else:
-            yield [int(shuffled(n, seed, place // n)[place % n]) for place in places]
+CLEAN_PROMPT = """Rewrite this chest X-ray report so that it says only what the image can show.
+Remove blanks left by de-identification, comparisons with earlier studies, views, technique, dates,
+and who was told. State change as present fact: "increased left effusion" becomes "left effusion".
+Keep each finding with its side, size, severity, certainty and negation, and add nothing. Answer
+"FINDINGS: ... IMPRESSION: ..." without a section that is empty.\n\nReport: {report}"""
+JUDGE_PROMPT = """Does the cleaned chest X-ray report keep every present or absent finding of the
+original (with side, size, severity, certainty), add none, and name no earlier study, view, date or
+person? Answer YES, or NO and the first fault.\n\nOriginal: {report}\n\nCleaned: {cleaned}"""
 
 
-def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
-    """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)}
-    (or whatever the data set's samples hold: texts as lists, all else stacked).
-
-    The k-th depends on (seed, k) alone, so start_step resumes, and `workers` changes nothing.
-    Rank r of `world` gets its b = batch_size / world rows of each batch.
-    """
-    import torch
-    if batch_size % world:
-        raise UserError(f"a batch of {batch_size} does not divide among {world} processes")
-    b = batch_size // world
-    rows = order(len(dataset), batch_size, seed, start_step, slice(rank * b, (rank + 1) * b))
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=rows, collate_fn=list,
-                                         num_workers=workers, generator=torch.Generator())
-    for samples in loader:
-        dataset.account(samples)
-        rows = {key: [s[key] for s in samples] for key in samples[0] if key != "notes"}
-        yield {key: row if isinstance(row[0], str) else torch.as_tensor(np.stack(row))
-               for key, row in rows.items()}
-
-
-# ---- a first look ------------------------------------------------------------------------------
+# ---------------------------------------------------------------- a first look
 def sheet(images, captions, columns, path):
     """Write a PNG of films, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
     font, cells, gap = ImageFont.load_default(13), [], 8
@@ -1312,9 +1298,10 @@ def first_look(source, out):
         films = [data[i] for i in range(min(8, len(data)))]
         sheet([f["image"] for f in films], [f["report"] for f in films], 4, out)
         print(f"{out}: films of the {data.split} split")
-    texts = [data.text(i)[0] for i in range(0, len(data), -(-len(data) // 2000))]
+    texts, clean = zip(*map(data.text, range(0, len(data), -(-len(data) // 2000))))
     low, mid, high = np.percentile([len(text.split()) for text in texts], (5, 50, 95))
-    print(f"{len(texts):,} reports of {mid:.0f} words, 5-95%: {low:.0f}-{high:.0f}")
+    print(f"{len(texts):,} reports of {mid:.0f} words, 5-95%: {low:.0f}-{high:.0f}; "
+          f"{clean.count(False)} of them kept as they were: cleaning would change their labels")
     labels = [label_report(text) for text in texts]
     print(f"{'':28}positive uncertain negative")
     for name in CLASSES:

@@ -3,7 +3,8 @@
 Time runs from t = 0, the image, to t = 1, noise: x_t = (1 - t) x0 + t eps; the network learns the
 velocity v = eps - x0; the sampler walks from 1 to 0 and SUBTRACTS v dt.
 
-Letters: b batch, c latent channels, h w latent rows and columns, n = h w tokens, d width, H W pixels.
+Letters: b batch, c latent channels, h w latent rows and columns, n = h w tokens, d width,
+H W pixels.
 Latent tokens are row-major, (b, n, c); latent images are (b, c, h, w).
 """
 
@@ -51,9 +52,9 @@ def velocity_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
 
 
 def guide(cond: Tensor, uncond: Tensor, scale: float, renorm="global", least=0.0) -> Tensor:
-    """Classifier-free guidance: uncond + scale (cond - uncond), then scaled down so that it is no
-    longer than cond: over a whole sample ("global"), over each token ("channel"), or None.
-    `least` is the smallest factor allowed. All (b, n, c) (released code)."""
+    """Classifier-free guidance, all (b, n, c): uncond + scale (cond - uncond), then scaled down to
+    be no longer than cond: over a sample ("global"), over each token ("channel"), or not (None);
+    `least` is the smallest factor allowed (released code)."""
     v = uncond + scale * (cond - uncond)
     if renorm is None:
         return v
@@ -62,8 +63,7 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, renorm="global", least=0.0
     return v * (norm_c / (norm_v + 1e-8)).clamp(least, 1)
 
 
-def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 1.0),
-           renorm="global"):
+def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 1.0)):
     """Euler from noise x (b, n, c) at t = 1 to an image at t = 0. Yields (t, v, x after the step).
 
     velocity(x, t, conditional) -> v. `points` times on linspace(1, 0) make points - 1 steps.
@@ -74,7 +74,7 @@ def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 
         at = t.to(x.device).expand(len(x))
         v = velocity(x, at, True)
         if scale > 1 and interval[0] < t <= interval[1]:
-            v = guide(v, velocity(x, at, False), scale, renorm)
+            v = guide(v, velocity(x, at, False), scale)
         x = x - v * (t - after).item()
         yield t, v, x
 
@@ -153,9 +153,11 @@ class Level(nn.Module):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(i, o) for i, o in zip(widths, widths[1:]))
         self.attn = nn.ModuleList(AttnBlock(o) for o in widths[1:] if attn)
-        conv = nn.ModuleDict({"conv": nn.Conv2d(widths[-1], widths[-1], 3, padding=0 if down else 1,
-                                                stride=2 if down else 1)}) if down or up else None
-        self.downsample, self.upsample = conv if down else None, conv if up else None
+        c, self.downsample, self.upsample = widths[-1], None, None
+        if down:
+            self.downsample = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, stride=2)})
+        if up:
+            self.upsample = nn.ModuleDict({"conv": nn.Conv2d(c, c, 3, padding=1)})
 
     def forward(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -169,7 +171,8 @@ class Level(nn.Module):
 
 
 def middle(c: int) -> nn.ModuleDict:
-    return nn.ModuleDict({"block_1": ResBlock(c, c), "attn_1": AttnBlock(c), "block_2": ResBlock(c, c)})
+    return nn.ModuleDict({"block_1": ResBlock(c, c), "attn_1": AttnBlock(c),
+                          "block_2": ResBlock(c, c)})
 
 
 class Encoder(nn.Module):
@@ -177,10 +180,10 @@ class Encoder(nn.Module):
 
     def __init__(self, ch: int, mult: list[int], blocks: int, attn: list[int], z: int):
         super().__init__()
-        w = [ch] + [ch * m for m in mult]
+        w, top = [ch] + [ch * m for m in mult], len(mult) - 1
         self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.down = nn.ModuleList(Level([w[i]] + [w[i + 1]] * blocks, i in attn, down=i < len(mult) - 1)
-                                  for i in range(len(mult)))
+        self.down = nn.ModuleList(
+            Level([w[i]] + [w[i + 1]] * blocks, i in attn, down=i < top) for i in range(top + 1))
         self.mid = middle(w[-1])
         self.norm_out = nn.GroupNorm(32, w[-1], 1e-6)
         self.conv_out = nn.Conv2d(w[-1], 2 * z, 3, padding=1)
@@ -200,8 +203,9 @@ class Decoder(nn.Module):
         w, top = [ch * m for m in mult], len(mult) - 1
         self.conv_in = nn.Conv2d(z, w[-1], 3, padding=1)
         self.mid = middle(w[-1])
-        self.up = nn.ModuleList(Level([w[min(i + 1, top)]] + [w[i]] * (blocks + 1), i in attn, up=i > 0)
-                                for i in range(len(mult)))
+        self.up = nn.ModuleList(
+            Level([w[min(i + 1, top)]] + [w[i]] * (blocks + 1), i in attn, up=i > 0)
+            for i in range(top + 1))
         self.norm_out = nn.GroupNorm(32, w[0], 1e-6)
         self.conv_out = nn.Conv2d(w[0], 3, 3, padding=1)
 
@@ -240,9 +244,10 @@ class VAE(nn.Module):
         ch = weights["encoder.conv_in.weight"].shape[0]
         levels = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("encoder.down."))
         out = [weights[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]
-        return {"ch": ch, "mult": [o // ch for o in out],
-                "blocks": sum(f"encoder.down.0.block.{j}.conv1.weight" in weights for j in range(9)),
-                "attn": [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in weights],
+        attn = [i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in weights]
+        return {"ch": ch, "mult": [o // ch for o in out], "attn": attn,
+                "blocks": sum(f"encoder.down.0.block.{j}.conv1.weight" in weights
+                              for j in range(9)),
                 "z": weights["decoder.conv_in.weight"].shape[1],
                 "embed": weights["post_quant_conv.weight"].shape[1]}
 
@@ -251,7 +256,8 @@ class VAE(nn.Module):
         return self.quant_conv(self.encoder(pixels))
 
     def latents(self, moments: Tensor, eps: Tensor | None = None) -> Tensor:
-        """A draw from the posterior (its mean if eps is None), in the model's units (b, c, h, w)."""
+        """Draws from the posterior (eps None: its mean) -> latents in the model's units
+        (b, c, h, w)."""
         mean, logvar = moments.chunk(2, dim=1)
         z = mean if eps is None else mean + eps * (0.5 * logvar.clamp(-30, 20)).exp()
         return self.scale * (z - self.shift)
@@ -262,5 +268,5 @@ class VAE(nn.Module):
 
 
 def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> uint8 by truncation, as the released code does."""
+    """Pixels in [-1, 1] -> uint8 of the same shape, by truncation (released code)."""
     return ((pixels / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)

@@ -87,19 +87,18 @@ class Expert(nn.Module):
         self.up_proj = nn.Linear(width, mlp, bias=False)
         self.down_proj = nn.Linear(mlp, width, bias=False)
 
-    def qkv(self, x: Tensor, turn: tuple[Tensor, Tensor], dot=F.linear) -> tuple:
+    def qkv(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 3 for this expert's tokens: x (b, l, d) -> q (b, h, l, k), k and v (b, g, l, k)."""
         x = self.input_layernorm(x)
-        q, k, v = (rearrange(dot(x, w.weight, w.bias), "b l (h k) -> b h l k", k=self.head_dim)
-                   for w in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (rearrange(proj(x), "b l (h k) -> b h l k", k=self.head_dim)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn), v
 
-    def finish(self, x: Tensor, mixed: Tensor, dot=F.linear) -> Tensor:
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Adds the attention result (b, h, l, k), then the MLP, to the tokens x (b, l, d)."""
-        x = x + dot(rearrange(mixed, "b h l k -> b l (h k)"), self.o_proj.weight)
+        x = x + self.o_proj(rearrange(mixed, "b h l k -> b l (h k)"))
         y = self.post_attention_layernorm(x)
-        y = F.silu(dot(y, self.gate_proj.weight)) * dot(y, self.up_proj.weight)
-        return x + dot(y, self.down_proj.weight)
+        return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
 
 
 class Layer(nn.Module):
@@ -123,7 +122,8 @@ class Layer(nn.Module):
         return self.und.finish(x, mixed), (k, v)
 
     def draw(self, marks: Tensor, x: Tensor, turn, past, mask, frozen: bool):
-        """One layer over [context | marks | latents]: marks (b, 2, d) are und's, x (b, n, d) gen's.
+        """One layer over [context | marks | latents]: marks (b, 2, d) are und's, x (b, n, d) gen's;
+        `past`: the context's keys and values of this layer, or (). Returns new marks and x.
 
         All see the context and each other. `frozen`: nothing on und's side gets a gradient.
         """
@@ -157,7 +157,8 @@ class Tower(nn.Module):
         return layer(*args)
 
     def read(self, x: Tensor, ids: Tensor, length: Tensor, n_image: int = 0):
-        """Reads tokens x (b, l, d) with RoPE ids (b, l) -> hidden (b, l, d) after the norm, Context.
+        """Reads tokens x (b, l, d) with RoPE ids (b, l) -> hidden (b, l, d) after the norm, and
+        the Context.
 
         The first n_image tokens are an image block. Samples shorter than l are padded on the
         right, where causality keeps padding from changing anything; `length` (b,) says how long.
@@ -169,33 +170,38 @@ class Tower(nn.Module):
         next_id = ids.gather(1, length[:, None] - 1)[:, 0] + 1
         return self.norm(x), Context(kv, length, next_id, bool((length < x.shape[1]).any()))
 
-    def step(self, x: Tensor, ids: Tensor, cache: list, at: Tensor, end: int, ragged: bool) -> Tensor:
+    def step(self, x: Tensor, ids: Tensor, cache: list, at: Tensor, end: int, ragged: bool):
         """Reads one more token a sample: x (b, d) with RoPE ids (b,) -> hidden (b, d).
 
         `cache`: per layer k and v, (b, g, size, k); row `at` (b,) is written, rows < `end` read.
         """
         x, turn, rows = x[:, None], rope(ids[:, None], self.head_dim), torch.arange(len(x))
-        mask = (torch.arange(end, device=x.device) <= at[:, None])[:, None, None] if ragged else None
+        mask = None
+        if ragged:
+            mask = (torch.arange(end, device=x.device) <= at[:, None])[:, None, None]
         for layer, (keys, values) in zip(self.layers, cache):
             q, k, v = layer.und.qkv(x, turn)
             keys[rows, :, at], values[rows, :, at] = k[:, :, 0], v[:, :, 0]
             x = layer.und.finish(x, attend(q, keys[:, :, :end], values[:, :, :end], mask))
         return self.norm(x)[:, 0]
 
-    def draw(self, marks: Tensor, x: Tensor, context: Context | None, frozen=True, tap=0, keep=None):
-        """Runs the noisy block after the context (None: empty): x (b, n, d) -> x after the norm.
+    def draw(self, marks: Tensor, x: Tensor, context: Context | None, frozen=True, tap=0,
+             keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Runs the noisy block, marks (b, 2, d) and latents x (b, n, d), after the context (None:
+        empty) -> x (b, n, d) after the norm.
 
         Also returns the latents' states after layer `tap` (counted from 1; None if 0), for REPA.
         The whole block has one RoPE id, so the order inside it, markers first, is of no matter.
         `keep` (b, n) is False at latents that only pad a batch of images of several sizes.
         """
         b, n, tapped = *x.shape[:2], None
-        ids = x.new_zeros(b, dtype=torch.long) if context is None else context.next_id
+        ids = context.next_id if context else x.new_zeros(b, dtype=torch.long)
         mask = context.mask(marks.shape[1] + n) if context else None
         if keep is not None:
-            before = mask[..., :-n] if mask is not None else torch.ones(
-                b, 1, 1, marks.shape[1] + (context.kv[0][0].shape[2] if context else 0), dtype=bool)
-            mask = torch.cat([before, keep[:, None, None]], dim=-1)
+            read = context.kv[0][0].shape[2] if context else 0
+            if mask is None:
+                mask = keep.new_ones(b, 1, 1, read + marks.shape[1] + n)
+            mask = torch.cat([mask[..., :-n], keep[:, None, None]], dim=-1)
         turn = rope(ids[:, None], self.head_dim)
         for i, layer in enumerate(self.layers):
             past = context.kv[i] if context else ()

@@ -1,14 +1,20 @@
 """Uses a trained UniX: reads films, draws films, and scores both (the paper's two tables).
 
     python sample.py report chest.png [more.png ...]
-    python sample.py generate "Large right pleural effusion. Heart size is normal." --out effusion.png
+    python sample.py generate "Large right pleural effusion." --out effusion.png
     python sample.py evaluate
+
+Mistakes are one line on stderr and exit code 2.
 """
 
 import argparse
+import atexit
 import csv
 import json
+import math
+import os
 import re
+import signal
 import sys
 import warnings
 from collections import Counter
@@ -17,52 +23,86 @@ from pathlib import Path
 import numpy as np
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"sample.py: {message}; see --help\n")
+
+
+def number(kind: type, rule: str, holds):
+    """For argparse: reads an int or a float for which holds(it) is true, as `rule` says."""
+    def read(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and holds(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not {rule}")
+        return value
+    return read
+
+
+COUNT = number(int, "a whole number of at least 1", lambda n: n >= 1)
+SEED = number(int, "a whole number from 0 to 2^31", lambda n: 0 <= n <= 2**31)
+POINTS = number(int, "a whole number of at least 2", lambda n: n >= 2)
+POSITIVE = number(float, "a number above 0", lambda x: x > 0)
+SCALE = number(float, "a number of at least 0", lambda x: x >= 0)
+SHARE = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
+
+
 def parse(argv=None) -> argparse.Namespace:
     """The command line; argparse prints help and mistakes (exit code 2)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
     def command(name: str, text: str):
         p = commands.add_parser(name, help=text, description=text,
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         p.add_argument("--weights", help="weights folder (default: the newest under runs/)")
-        p.add_argument("--device", default=None, help="cpu, cuda or mps (default: the best found)")
-        p.add_argument("--seed", type=int, default=0, help="seed of noise and sampling")
+        p.add_argument("--device", help="cpu, cuda or mps (default: the best found)")
+        p.add_argument("--seed", type=SEED, default=0, help="seed of noise and sampling")
         return p
 
     def flow(p):
-        p.add_argument("--points", type=int, default=50, help="times on the path; one step less")
-        p.add_argument("--guidance", type=float, default=None,
+        p.add_argument("--points", type=POINTS, default=50, help="times on the path; one step less")
+        p.add_argument("--guidance", type=SCALE,
                        help="guidance scale (default: what the weights folder says)")
-        p.add_argument("--shift", type=float, default=3.0, help="time shift towards noise")
-        p.add_argument("--size", type=int, default=None, help="pixels a side (default: as trained)")
+        p.add_argument("--shift", type=POSITIVE, default=3.0, help="time shift towards noise")
+        p.add_argument("--size", type=COUNT, help="pixels a side (default: as trained)")
     p = command("report", "write the report of each film")
     p.add_argument("images", nargs="+", help="image files")
-    p.add_argument("--prompt", default=None, help="instruction (default: the one used in training)")
-    p.add_argument("--max-tokens", type=int, default=500, help="longest report")
-    p.add_argument("--temperature", type=float, default=0.0, help="0: greedy, always the same")
-    p.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling: probability kept")
+    p.add_argument("--prompt", help="instruction (default: the one used in training)")
+    p.add_argument("--max-tokens", type=COUNT, default=500, help="longest report")
+    p.add_argument("--temperature", type=SCALE, default=0.0, help="0: greedy, always the same")
+    p.add_argument("--top-p", type=SHARE, default=1.0, help="nucleus sampling: probability kept")
     p = command("generate", "draw the film of each text")
     p.add_argument("texts", nargs="+", help="what the film shows")
     p.add_argument("--out", default="film.png", help="PNG to write; a sheet for more than one film")
-    p.add_argument("--count", type=int, default=1, help="films a text, each from other noise")
+    p.add_argument("--count", type=COUNT, default=1, help="films a text, each from other noise")
     flow(p)
     p = command("evaluate", "score reports and films on held-out data: the paper's two tables")
     p.add_argument("--data", default="phantom", help="phantom or a data folder")
     p.add_argument("--split", default="val", choices=("val", "test"), help="which films")
-    p.add_argument("--samples", type=int, default=500, help="how many films and captions")
-    p.add_argument("--out", default=None, help="folder for the results (default: WEIGHTS/evaluation)")
-    p.add_argument("--features", default=None, help="RAD-DINO folder (default: our image encoder)")
+    p.add_argument("--samples", type=COUNT, default=500, help="how many films and captions")
+    p.add_argument("--out", help="folder for the results (default: WEIGHTS/evaluation)")
+    p.add_argument("--features", help="RAD-DINO folder (default: our image encoder)")
     flow(p)
     return parser.parse_args(argv)
 
 
-ARGS = parse() if __name__ == "__main__" else None       # --help answers before torch is imported
+def stop(*_):
+    """What Ctrl-C does: one line, after the progress bars' last."""
+    atexit.register(print, "sample.py: stopped; an evaluation goes on when run again",
+                    file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    ARGS = parse()                                        # --help answers before torch is imported
+    signal.signal(signal.SIGINT, stop)
 
 import torch                                              # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
-from ar import resize                                     # noqa: E402
 from data import (CLASSES, UserError, atomic, heart_width, label_report, locate,  # noqa: E402
                   open_data, read_image, save_film, sheet, square, vae_pixels, vit_pixels)
 from diffusion import to_uint8                            # noqa: E402
@@ -164,23 +204,33 @@ def check_lengths(a, b):
         raise ValueError(f"needs two lists of one length, at least 1; got {len(a)} and {len(b)}")
 
 
+def ngram_counts(refs, hyps):
+    """Counts of each pair of texts (n, 10): n-grams in both (1 to 4), in hyp; words of ref, hyp."""
+    check_lengths(refs, hyps)
+    rows = []
+    for texts in zip(refs, hyps):
+        ref, hyp = (text.lower().split() for text in texts)
+        matched, total = [], []
+        for n in range(1, 5):
+            in_ref, in_hyp = (Counter(zip(*(words[i:] for i in range(n)))) for words in (ref, hyp))
+            matched.append((in_ref & in_hyp).total())
+            total.append(max(1, in_hyp.total()))        # as NLTK, for hypotheses below n words
+        rows.append(matched + total + [len(ref), len(hyp)])
+    return np.array(rows)
+
+
+def bleu_of(counts):
+    """Rows of ngram_counts -> BLEU-1 to BLEU-4 of the corpus, a list of 4 floats."""
+    matched, total, (ref_words, hyp_words) = np.split(counts.sum(0), (4, 8))
+    with np.errstate(divide="ignore"):                  # none matched: log 0, a score of 0
+        log_precision = np.cumsum(np.log(matched / total)) / np.arange(1, 5)
+    return np.exp(log_precision + min(0.0, 1 - ref_words / max(1, hyp_words))).tolist()
+
+
 def bleu(refs, hyps):
     """Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002), one reference each, lower case, split on
     white space, no smoothing -> list of 4 floats."""
-    check_lengths(refs, hyps)
-    refs, hyps = ([text.lower().split() for text in texts] for texts in (refs, hyps))
-    ref_words, hyp_words = (sum(map(len, texts)) for texts in (refs, hyps))
-    log_precision, scores = 0.0, []
-    for n in range(1, 5):
-        matched = total = 0
-        for ref, hyp in zip(refs, hyps):
-            counts = [Counter(zip(*(words[i:] for i in range(n)))) for words in (ref, hyp)]
-            matched += (counts[0] & counts[1]).total()
-            total += max(1, counts[1].total())          # as NLTK, for hypotheses below n words
-        log_precision += np.log(matched / total) if matched else -np.inf
-        brevity = min(0.0, 1 - ref_words / max(1, hyp_words))
-        scores.append(float(np.exp(log_precision / n + brevity)))
-    return scores
+    return bleu_of(ngram_counts(refs, hyps))
 
 
 def rouge_l(refs, hyps):
@@ -220,32 +270,50 @@ def f1_scores(truth, predicted):
             "macro": float(per_class.mean()), "per_class": per_class}
 
 
-def bootstrap(score, n, rounds=1000, seed=0):
-    """95% interval (low, high) of score(indices) -> float over resamples of n samples."""
+def bootstrap(score, n, rounds=1000, seed=0, middle=None):
+    """95% interval (low, high) of score(indices) -> float or list over resamples of n samples.
+
+    `middle` moves it so that the median lies there, for figures that are biased where samples are
+    repeated, as resamples are.
+    """
     draw = np.random.default_rng(seed)
-    values = [score(draw.integers(n, size=n)) for _ in range(rounds)]
-    return tuple(float(v) for v in np.percentile(values, (2.5, 97.5)))
+    values = np.array([score(draw.integers(n, size=n)) for _ in range(rounds)])
+    if middle is not None:
+        values = values + middle - np.median(values, axis=0)
+    return tuple(np.percentile(values, (2.5, 97.5), axis=0))
 
 
-# ---------------------------------------------------------------- reading and drawing
+def with_intervals(figures, n, rounds=200, move=False):
+    """{name: [value, low, high]} of figures(indices) -> {name: float}: the values of all n samples
+    and their bootstrap intervals, with `move` those around the values."""
+    whole = figures(np.arange(n))
+    middle = list(whole.values()) if move else None
+    ends = bootstrap(lambda i: list(figures(i).values()), n, rounds, middle=middle)
+    return {k: [float(x) for x in row] for k, *row in zip(whole, whole.values(), *ends)}
 
 
+# ---- reading and drawing -------------------------------------------------------------------------
 def load(args) -> UniX:
-    """The model that the command line asks for. Raises UserError."""
-    folder = args.weights
-    if folder is None:
+    """The model asked for; args.weights becomes its folder. Raises UserError."""
+    if args.weights is None:
         runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda p: p.stat().st_mtime)
         if not runs:
             raise UserError("no weights under runs/; make some with: python train.py --stage 1 "
                             "(or name a folder with --weights)")
-        folder = args.weights = runs[-1].parent
-    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    return UniX.load(folder, args.device or best)
+        args.weights = runs[-1].parent
+    device = args.device or "cpu"
+    if args.device is None and torch.cuda.is_available():
+        device = "cuda"
+    elif args.device is None and torch.backends.mps.is_available():
+        device = "mps"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):      # torch's answer to a device that is not there
+        raise UserError(f"--device {device} is not to be had here; try cpu") from None
+    return UniX.load(args.weights, device)
 
 
 def flow_options(args, model: UniX) -> dict:
-    if args.points < 2:
-        raise UserError("--points must be at least 2")
     scale = model.config.guidance if args.guidance is None else args.guidance
     return {"points": args.points, "scale": scale, "shift": args.shift}
 
@@ -254,17 +322,24 @@ def report(args):
     """Prints the report of each film."""
     model = load(args)
     films = [square(read_image(p), model.config.vit_image) for p in args.images]
-    prompt = args.prompt if args.prompt is not None else INSTRUCTIONS[0]
+    prompt = INSTRUCTIONS[0] if args.prompt is None else args.prompt
     for at in range(0, len(films), 8):
         pixels = vit_pixels(torch.from_numpy(np.stack(films[at:at + 8])).to(model.device))
-        written = model.report(pixels, prompt, args.max_tokens, args.temperature, args.top_p, args.seed)
+        written = model.report(pixels, prompt, args.max_tokens, args.temperature, args.top_p,
+                               args.seed)
         for path, text in zip(args.images[at:at + 8], written):
             print(f"{path}: {text}" if len(films) > 1 else text)
 
 
 def generate(args):
     """Writes the film of each text; a sheet when there are several."""
+    out = Path(args.out)
+    if out.is_dir() or not os.access(out.parent, os.W_OK):
+        raise UserError(f"--out {out} cannot be written; name a file in a folder that is there")
     model = load(args)
+    model.side(args.size)               # a mistake ends it before anything is drawn
+    for text in args.texts:
+        model.ids(text)
     how, texts = flow_options(args, model), [t for t in args.texts for _ in range(args.count)]
     films = []
     for at in tqdm(range(0, len(texts), 8), desc="drawing", disable=len(texts) <= 8):
@@ -272,101 +347,132 @@ def generate(args):
         seeds = [args.seed + at + i for i in range(len(some))]
         films.extend(model.generate(some, args.size, seeds, **how)[:, 0].cpu().numpy())
     if len(films) == 1:
-        save_film(films[0], args.out)
+        save_film(films[0], out)
     else:
-        sheet(films, texts, min(len(films), max(args.count, 4)), args.out)
-    print(f"wrote {args.out}")
+        sheet(films, texts, min(len(films), max(args.count, 4)), out)
+    print(f"wrote {out}")
 
 
-# ---------------------------------------------------------------- evaluation: the paper's two tables
-
+# ---- evaluation: the paper's two tables ----------------------------------------------------------
 FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 SIDED = ("Pleural Effusion", "Pneumothorax", "Lung Opacity")
-HEARTS = ("Heart size is normal.", "The heart is mildly enlarged.", "The heart is severely enlarged.")
+HEARTS = ("Heart size is normal.", "The heart is mildly enlarged.",
+          "The heart is severely enlarged.")
 
 
 class Results:
-    """The folder of an evaluation: what is there already is not computed again, unless it came
-    from other weights, films or settings."""
+    """The folder of an evaluation: what is there already is not computed again, unless weights,
+    data or settings were others."""
 
     def __init__(self, args, model: UniX, data):
-        weights = Path(args.weights) / "model.safetensors"
+        self.model, self.size, self.how = model, args.size, flow_options(args, model)
         self.out = Path(args.out or Path(args.weights) / "evaluation")
-        self.films, self.table = self.out / "films", self.out / "predictions.csv"
-        origin = {"weights": [str(weights.resolve()), weights.stat().st_mtime], "data": data.fingerprint(),
-                  **{k: getattr(args, k) for k in ("points", "guidance", "shift", "size", "seed")}}
+        self.films = self.out / "films"
+        weights = Path(args.weights) / "model.safetensors"
+        origin = json.dumps([str(weights.resolve()), weights.stat().st_mtime if weights.exists()
+                             else 0, data.fingerprint(), self.size, args.seed, self.how])
         about = self.out / "origin.json"
-        self.films.mkdir(parents=True, exist_ok=True)
-        if not about.exists() or json.loads(about.read_text()) != origin:
-            for old in [*self.films.glob("*.png"), self.table]:
-                old.unlink(missing_ok=True)
-            about.write_text(json.dumps(origin))
+        try:
+            self.films.mkdir(parents=True, exist_ok=True)
+            if not about.exists() or about.read_text() != origin:
+                for old in [*self.films.glob("*.png"), *self.out.glob("*.csv")]:
+                    old.unlink()
+                about.write_text(origin)
+        except OSError as e:
+            raise UserError(f"{self.out} cannot be written ({e.strerror}); name another "
+                            "folder with --out") from None
 
-    def written(self) -> dict[int, tuple[str, str]]:
-        """Index -> report written, report of the data."""
-        if not self.table.exists():
-            return {}
-        with open(self.table, newline="") as f:
-            return {int(r["index"]): (r["Report Impression"], r["Ground Truth"]) for r in csv.DictReader(f)}
+    def read(self, name: str, films: np.ndarray, truth: dict[int, str]) -> list[str]:
+        """Reports that the model writes of uint8 films (n, h, w); truth: index -> true report.
 
-    def add(self, rows: list[tuple]):
-        new = not self.table.exists()
-        with open(self.table, "a", newline="") as f:
-            csv.writer(f).writerows([("index", "Report Impression", "Ground Truth")] * new + rows)
+        Kept in a table with the columns that CheXbert's tools read. It is always written whole; of
+        a table that is not, the rows that fit the truth are used.
+        """
+        file, done, names = self.out / name, {}, {str(i): i for i in truth}
+        if file.exists():
+            csv.field_size_limit(10**9)
+            with open(file, newline="", encoding="utf-8", errors="replace") as f:
+                for row in csv.DictReader(f):
+                    i = names.get(row.get("index"))
+                    if i is not None and row.get("Ground Truth") == truth[i]:
+                        done[i] = row["Report Impression"]
+        places = [(k, i) for k, i in enumerate(truth) if i not in done]
+        for at in tqdm(range(0, len(places), 32), desc=f"reading for {name}", unit="batch"):
+            rows, indices = zip(*places[at:at + 32])
+            pixels = self.model.vit.prepare(torch.from_numpy(films[[*rows]]).to(self.model.device))
+            written = self.model.report(pixels, max_new=min(200, self.model.config.max_tokens))
+            done |= dict(zip(indices, written))
+            with atomic(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+                table = csv.writer(f)
+                table.writerow(("index", "Report Impression", "Ground Truth"))
+                table.writerows((i, done[i], truth[i]) for i in truth if i in done)
+        return [done[i] for i in truth]
+
+    def draw(self, wanted: dict[str, tuple[str, int]]) -> np.ndarray:
+        """Films by name, each of a text and a seed, uint8 (n, h, w); draws those not there yet."""
+        missing = [k for k in wanted if not (self.films / f"{k}.png").exists()]
+        for at in tqdm(range(0, len(missing), 16), desc="drawing", unit="batch"):
+            some = missing[at:at + 16]
+            texts, seeds = zip(*(wanted[k] for k in some))
+            films = self.model.generate(texts, self.size, seeds, **self.how)[:, 0]
+            for k, film in zip(some, films.cpu().numpy()):
+                save_film(film, self.films / f"{k}.png")
+        return np.stack([read_image(self.films / f"{k}.png") for k in wanted])
 
 
-def read_films(model: UniX, films: np.ndarray, size=32) -> list[str]:
-    """uint8 films (n, h, w) -> the reports that the understanding branch writes."""
-    found = []
-    for at in range(0, len(films), size):
-        pixels = vit_pixels(resize(torch.from_numpy(films[at:at + size]).to(model.device),
-                                   model.config.vit_image))
-        found += model.report(pixels, max_new=min(200, model.config.max_tokens))
-    return found
-
-
-def label_table(reports: list[str], uncertain: int) -> np.ndarray:
-    """(n, 14) flags of the findings in reports; -1 (uncertain) counts as `uncertain`, 0 or 1."""
+def label_table(reports: list[str]) -> np.ndarray:
+    """(n, 14): 1 where a report has the finding, -1 where it may have it, else 0."""
     found = [label_report(r) for r in reports]
-    return np.array([[(uncertain if f.get(c) == -1 else f.get(c, 0)) for c in CLASSES] for f in found])
+    return np.array([[f.get(c, 0) for c in CLASSES] for f in found])
 
 
-def with_interval(score, n: int) -> list[float]:
-    """[value, low, high]: a figure of all n samples and its 95% bootstrap interval."""
-    return [score(np.arange(n)), *bootstrap(score, n, 200)]
+def right_places(truth: list[str], written: list[str], kind: str, classes) -> np.ndarray:
+    """(n, 2) a report: findings whose "sides" or "severity" is right, findings that both reports
+    have and whose true one is known."""
+    rows = []
+    for a, b in zip(map(locate, truth), map(locate, written)):
+        right = [a[c][kind] == b[c][kind] for c in classes if c in a and c in b and a[c][kind]]
+        rows.append((sum(right), len(right)))
+    return np.array(rows)
 
 
 def report_scores(truth: list[str], written: list[str]) -> dict[str, list[float]]:
-    """Table 2: F1 of findings (uncertain as negative and as positive), words, sides, severities."""
-    five, found = [CLASSES.index(c) for c in FIVE], {}
-    for name, uncertain in (("", 0), (", uncertain as positive", 1)):
-        a, b = label_table(truth, uncertain), label_table(written, uncertain)
-        for kind in ("micro", "macro"):
-            for count, columns in ((14, slice(None)), (5, five)):
-                found[f"{kind} F1-{count}{name}"] = with_interval(
-                    lambda i: f1_scores(a[i][:, columns], b[i][:, columns])[kind], len(a))
-    pick = lambda rows, i: [rows[k] for k in i]                             # noqa: E731
-    for n in range(4):
-        found[f"BLEU-{n + 1}"] = [bleu(truth, written)[n]]
-    found["BLEU-4"] = with_interval(lambda i: bleu(pick(truth, i), pick(written, i))[3], len(truth))
-    found["ROUGE-L"] = [rouge_l(truth, written)]
-    places = [(locate(a), locate(b)) for a, b in zip(truth, written)]
-    for kind, classes in (("sides", SIDED), ("severity", CLASSES)):
-        right = [a[c][kind] == b[c][kind] for a, b in places for c in classes
-                 if c in a and c in b and a[c][kind]]
-        found[f"{kind} right"] = [float(np.mean(right)) if right else float("nan")]
-    return found
+    """Table 2, {name: [value, low, high]}: F1 of the findings (uncertain as negative and as
+    positive), words, and, where there are any to compare, sides and severities."""
+    a, b = label_table(truth), label_table(written)
+    flags = {"": (a == 1, b == 1), ", uncertain as positive": (a != 0, b != 0)}
+    columns = {14: slice(None), 5: [CLASSES.index(c) for c in FIVE]}
+    grams = ngram_counts(truth, written)
+    rouge = np.array([rouge_l([x], [y]) for x, y in zip(truth, written)])
+    places = {"sides right": right_places(truth, written, "sides", SIDED),
+              "severity right": right_places(truth, written, "severity", CLASSES)}
+
+    def figures(i):
+        found = {}
+        for name, (x, y) in flags.items():
+            for count, some in columns.items():
+                score = f1_scores(x[i][:, some], y[i][:, some])
+                found |= {f"{k} F1-{count}{name}": score[k] for k in ("micro", "macro")}
+        found |= {f"BLEU-{n + 1}": value for n, value in enumerate(bleu_of(grams[i]))}
+        found["ROUGE-L"] = rouge[i].mean()
+        for name, counts in places.items():
+            if counts[:, 1].any():
+                found[name] = counts[i, 0].sum() / max(1, counts[i, 1].sum())
+        return found
+    return with_intervals(figures, len(truth))
 
 
 def film_scores(real: np.ndarray, fake: np.ndarray) -> dict[str, list[float]]:
-    """Table 3 on image features (n, d): FD, KD, precision, recall, density, coverage."""
-    n = len(real)
-
-    def both(score):
-        return with_interval(lambda i: score(real[i], fake[i]), n)
-    found = {"FD": both(frechet_distance), "KD": both(kernel_distance)}
-    if n > 5:
-        found |= {k: [v] for k, v in prdc(real, fake).items()}
+    """Table 3 on image features (n, d), {name: [value, low, high]}: FD and KD of two films or more,
+    precision, recall, density and coverage of six or more."""
+    def figures(i):
+        found = {"FD": frechet_distance(real[i], fake[i]), "KD": kernel_distance(real[i], fake[i])}
+        return found | (prdc(real[i], fake[i]) if len(i) > 5 else {})
+    if len(real) < 2:
+        return {}
+    found = with_intervals(figures, len(real), rounds=20, move=True)
+    for k in found.keys() & {"precision", "recall", "coverage"}:
+        found[k] = np.clip(found[k], 0, 1).tolist()         # what moves may leave the range
     return found
 
 
@@ -378,105 +484,101 @@ def features(encoder, films: np.ndarray) -> np.ndarray:
     return torch.cat(parts).double().cpu().numpy()
 
 
-def draw_missing(args, model: UniX, results: Results, captions: dict[int, str]) -> np.ndarray:
-    """Draws the captions whose film is not in the folder yet -> all films, uint8 (n, h, w)."""
-    missing = [i for i in captions if not (results.films / f"{i}.png").exists()]
-    how = flow_options(args, model)
-    for at in tqdm(range(0, len(missing), 16), desc="drawing", unit="batch"):
-        some = missing[at:at + 16]
-        films = model.generate([captions[i] for i in some], args.size, [args.seed + i for i in some], **how)
-        for i, film in zip(some, films[:, 0].cpu().numpy()):
-            save_film(film, results.films / f"{i}.png")
-    return np.stack([read_image(results.films / f"{i}.png") for i in captions])
-
-
-def heart_triples(args, model: UniX, count=20) -> list[float]:
+def heart_triples(results: Results, count=20) -> dict[str, list[float]]:
     """Share of noise seeds whose heart widens from normal to mildly to severely enlarged."""
-    how, seeds = flow_options(args, model), range(1000, 1000 + count)
-    widths = []
-    for text in tqdm(HEARTS, desc="hearts"):
-        films = model.generate([text] * count, args.size, list(seeds), **how)[:, 0].cpu().numpy()
-        widths.append([heart_width(f) for f in films])
+    films = results.draw({f"heart-{level}-{seed}": (text, seed) for level, text in enumerate(HEARTS)
+                          for seed in range(1000, 1000 + count)})
+    widths = np.array([heart_width(f) for f in films]).reshape(len(HEARTS), count)
     rises = (np.diff(widths, axis=0) > 0).all(0)
-    return with_interval(lambda i: float(rises[i].mean()), count)
+    return with_intervals(lambda i: {"normal < mild < severe, share of seeds": rises[i].mean()},
+                          count)
 
 
 @torch.no_grad()
-def reconstruction(model: UniX, films: np.ndarray) -> float:
-    """PSNR in dB of films (n, h, w) through the autoencoder and back; mean over films."""
-    back = [to_uint8(model.vae.decode(model.vae.latents(model.vae.moments(
-        vae_pixels(torch.from_numpy(films[at:at + 16]).to(model.device))))))[:, 0].cpu().numpy()
-        for at in range(0, len(films), 16)]
-    return float(np.mean([psnr(a, b, 255) for a, b in zip(films, np.concatenate(back))]))
+def reconstruction(model: UniX, films: np.ndarray) -> dict[str, list[float]]:
+    """PSNR in dB of uint8 films (n, s, s) through the autoencoder and back; mean over films."""
+    each = []
+    for at in range(0, len(films), 16):
+        pixels = vae_pixels(torch.from_numpy(films[at:at + 16]).to(model.device))
+        back = to_uint8(model.vae.decode(model.vae.latents(model.vae.moments(pixels))))[:, 0]
+        each += [psnr(a, b, 255) for a, b in zip(films[at:at + 16], back.cpu().numpy())]
+    each, name = np.array(each), f"PSNR at {films.shape[1]} px, {len(films)} films"
+    return with_intervals(lambda i: {name: each[i].mean()}, len(each))
 
 
 def evaluate(args):
-    """Both tables on held-out films; prints them and writes metrics.json, predictions.csv, a sheet."""
+    """Both tables on held-out films; prints them, writes metrics.json, predictions.csv, films."""
     model = load(args)
     draws = model.vae is not None and bool(model.llm2vae.weight.any())     # has stage 2 been run?
-    size = args.size or (model.config.resolution if draws else model.config.vit_image)
+    size = args.size or model.config.resolution
+    if model.vae is not None:
+        model.side(size)
+    encoder = load_rad_dino(args.features).to(model.device) if args.features else model.vit
     data = open_data(args.data, args.split, max(size, model.config.vit_image))
     results = Results(args, model, data)
-    n = min(args.samples, len(data))
-    films = [data[i] for i in tqdm(range(n), desc="films")]
-    films = list({f["index"]: f for f in films}.values())
-    real = np.stack([f["image"] for f in films])
-    done = results.written()
-    todo = [k for k, f in enumerate(films) if f["index"] not in done]
-    for at in tqdm(range(0, len(todo), 32), desc="reading", unit="batch"):
-        some = todo[at:at + 32]
-        results.add([(films[k]["index"], w, films[k]["report"]) for k, w in
-                     zip(some, read_films(model, real[some]))])
-    done = results.written()
-    written, truth = zip(*(done[f["index"]] for f in films))
-    metrics = {"understanding": report_scores(list(truth), list(written))}
+    films = [data[i] for i in tqdm(range(min(args.samples, len(data))), desc="films")]
+    films = {f["index"]: f for f in films}              # one that stands in for another is one
+    real = np.stack([f["image"] for f in films.values()])
+    truth = {i: f["report"] for i, f in films.items()}
+    written = results.read("predictions.csv", real, truth)
+    metrics = {"understanding": report_scores(list(truth.values()), written)}
     if model.vae is not None:
-        metrics["autoencoder"] = {f"PSNR at {s} px": [reconstruction(model, np.stack(
-            [square(f, s) for f in real[:100]]))] for s in (size // 2, size)}
+        metrics["autoencoder"] = {}
+        for side in (size // 2, size):
+            if side >= model.vae.factor and side % model.vae.factor == 0:
+                metrics["autoencoder"] |= reconstruction(
+                    model, np.stack([square(f, side) for f in real[:100]]))
     if draws:
-        metrics |= evaluate_drawing(args, model, results, films, real, list(written))
+        captions = {i: f["caption"] for i, f in films.items()}
+        metrics |= evaluate_drawing(args, results, encoder, captions, real, written)
+    for line in data.dropped.lines():
+        print(f"note: {line}")
     for name, table in metrics.items():
-        print(f"\n{name} ({len(films)} films of {args.data}, {args.split} split)")
-        for k, (value, *interval) in table.items():
-            print(f"  {k:42}{value:9.3f}" + ("  [{:.3f}, {:.3f}]".format(*interval) if interval else ""))
+        print(f"\n{name} ({len(films)} films of {args.data}, {args.split} split; 95% interval)")
+        for k, (value, low, high) in table.items():
+            print(f"  {k:42}{value:9.3f}  [{low:.3f}, {high:.3f}]")
     with atomic(results.out / "metrics.json") as temporary:
         temporary.write_text(json.dumps({"samples": len(films), **metrics}, indent=1))
-    print(f"\nwrote {results.out}: metrics.json, predictions.csv" + ", films, films.png" * draws)
+    print(f"\nwrote {results.out}: metrics.json, predictions.csv")
+    if draws:
+        print(f"wrote {results.out}: films.png, drawn.csv and the folder films")
 
 
-def evaluate_drawing(args, model: UniX, results: Results, films: list, real, written: list) -> dict:
+def evaluate_drawing(args, results: Results, encoder, captions: dict, real, written: list) -> dict:
     """Table 3 and the round trip: is what a film was drawn from read back from it?"""
-    captions = {f["index"]: f["caption"] for f in films}
-    fake = draw_missing(args, model, results, captions)
-    encoder = load_rad_dino(args.features).to(model.device) if args.features else model.vit
+    fake = results.draw({str(i): (text, args.seed + i) for i, text in captions.items()})
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always")
         scores = film_scores(features(encoder, real), features(encoder, fake))
     if notes:
         print(f"note: {notes[0].message}")
-    prompts = [f["caption"] for f in films]
-    back = read_films(model, fake)
+    prompts, back = list(captions.values()), results.read("drawn.csv", fake, captions)
     trip, ceiling = report_scores(prompts, back), report_scores(prompts, written)
-    a, b = label_table(prompts, 0), label_table(back, 0)
-    by_class = f1_scores(a, b)["per_class"]
+    trip = {k: v for k, v in trip.items()
+            if k in ("micro F1-14", "macro F1-14", "sides right", "severity right")}
+    trip["micro F1-14 of the true films (ceiling)"] = ceiling["micro F1-14"]
+    a, b = label_table(prompts) == 1, label_table(back) == 1
+
+    def by_class(i):
+        each = f1_scores(a[i], b[i])["per_class"]
+        return {f"F1 {c} ({a[:, j].sum()})": each[j] for j, c in enumerate(CLASSES)
+                if a[:, j].any()}
+    if a.any():
+        trip |= with_intervals(by_class, len(a))
     kind = "RAD-DINO, class token" if args.features else "our image encoder, mean of patches"
-    found = {f"generation, features: {kind}": scores, "round trip: generated films read back": {
-        **{k: trip[k] for k in ("micro F1-14", "macro F1-14", "sides right", "severity right")},
-        "micro F1-14 of the true films (ceiling)": ceiling["micro F1-14"],
-        **{f"F1 {c} ({int(a[:, j].sum())})": [float(by_class[j])] for j, c in enumerate(CLASSES)
-           if a[:, j].any()}}}
+    found = {f"generation, features: {kind}": scores,
+             "round trip: generated films read back": trip}
     if args.data == "phantom":
-        found["severity of the heart"] = {"normal < mild < severe, share of seeds": heart_triples(args, model)}
-    rows = [x for k in range(min(8, len(films))) for x in (real[k], fake[k])]
-    texts = [t for k in range(min(8, len(films))) for t in (f"REAL {prompts[k]}", f"DRAWN, read as: {back[k]}")]
-    sheet(rows, texts, 4, results.out / "films.png")
+        found["severity of the heart"] = heart_triples(results)
+    shown = [(film, text) for k in range(min(8, len(real))) for film, text in (
+        (real[k], f"REAL {prompts[k]}"), (fake[k], f"DRAWN, read as: {back[k]}"))]
+    sheet(*zip(*shown), 4, results.out / "films.png")
     return found
 
 
 if __name__ == "__main__":
     try:
         {"report": report, "generate": generate, "evaluate": evaluate}[ARGS.command](ARGS)
-    except UserError as e:
-        sys.exit(print(f"sample.py: {e}", file=sys.stderr) or 2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except (UserError, OSError) as e:
+        print("sample.py:", " ".join(str(e).split()), file=sys.stderr)
+        sys.exit(2)

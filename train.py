@@ -49,7 +49,7 @@ STAGES = {
     },
     "tiny": {   # the same in half an hour on two cores; sizes keep the paper's ratios
         0: Stage("vae", 64, 2e-3, 50, 1_400, batch=4, decay=0.4, muon=0.02),
-        1: Stage("understanding", 96, 2e-3, 50, 2_400, batch=16, decay=0.4, muon=0.02),
+        1: Stage("understanding", 96, 2e-3, 50, 2_500, batch=16, decay=0.4, muon=0.02),
         2: Stage("generation", 64, 2e-3, 50, 3_600, batch=16, repa=0.5, ema=0.998, decay=0.3,
                  muon=0.02, films=16_384),
         3: Stage("generation", 128, 1e-3, 0, 800, batch=8, ema=0.99, decay=0.5, muon=0.01,
@@ -61,7 +61,8 @@ PROMPTS = (     # Figure 4: severity, side, several findings
     "Heart size is normal. The lungs are clear.", "The heart is mildly enlarged.",
     "The heart is severely enlarged.", "Small left pleural effusion.",
     "Large right pleural effusion.", "Large left pneumothorax.",
-    "Large right pneumothorax.", "Consolidation in the right upper lobe. Small left pleural effusion.")
+    "Large right pneumothorax.",
+    "Consolidation in the right upper lobe. Small left pleural effusion.")
 
 
 def option(default, text: str, **more):
@@ -73,8 +74,8 @@ class Options:
     """What a user can say; `--help` is made from this."""
     stage: int = option(None, "which stage to run: 0, 1, 2 or 3", choices=(0, 1, 2, 3))
     data: str = option("phantom", "phantom (drawn films, no download) or a data folder")
-    out: str = option(None, "weights folder to write and go on with (default: runs/NAME of the data)")
-    preset: str = option("tiny", "sizes: tiny (a laptop) or unix (the paper's)", choices=tuple(STAGES))
+    out: str = option(None, "weights folder to write and go on with (default: runs/NAME)")
+    preset: str = option("tiny", "tiny (a laptop) or unix (the paper)", choices=tuple(STAGES))
     weights: str = option(None, "weights folder to start from: UniX, Janus-Pro, or a run of yours")
     vae: str = option(None, "autoencoder to use instead of stage 0: CompVis .ckpt or .safetensors")
     repa_teacher: str = option(None, "RAD-DINO folder that stage 2 aligns with (default: our ViT)")
@@ -85,7 +86,8 @@ class Options:
     repa: float = option(None, "weight of the alignment loss in stage 2")
     train: str = option("own", "own: only the stage's branch learns; both: Table 5",
                         choices=("own", "both"))
-    mix: str = option("1:1", "with --train both: weight of understanding : generation")
+    mix: str = option("1:1", "with --train both: films that are read : films that are drawn",
+                      choices=("1:1", "1:2", "1:4", "0:1"))
     share_layers: int = option(0, "first layers whose weights both branches share (new models)")
     no_context: bool = option(False, "cut the joint attention: films are drawn without text")
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "fp32", "bf16"))
@@ -100,7 +102,8 @@ class Options:
 
 def parse(argv=None) -> Options:
     """Options from the command line; argparse prints help and mistakes (exit code 2)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     for f in fields(Options):
         text, more = f.metadata["help"], {k: v for k, v in f.metadata.items() if k != "help"}
         if f.type is bool:
@@ -113,7 +116,7 @@ def parse(argv=None) -> Options:
     if options.stage is None:
         parser.error("say which stage: --stage 0 (autoencoder), 1 (reports), 2 or 3 (films)")
     for name in ("steps", "batch_size", "accumulate", "save_every", "sheet_every", "lr"):
-        if (getattr(options, name) or 1) <= 0:
+        if getattr(options, name) is not None and getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive")
     return options
 
@@ -159,8 +162,13 @@ class Processes:
             for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
                 p.grad.copy_(g.view_as(p))
 
-    def wait(self):
-        if self.world > 1:
+    @contextmanager
+    def first(self):
+        """Rank 0 goes through first, then the others, who find its files."""
+        if self.world > 1 and self.rank:
+            torch.distributed.barrier()
+        yield
+        if self.world > 1 and not self.rank:
             torch.distributed.barrier()
 
 
@@ -207,14 +215,16 @@ class Latents:
     knows what it was made from, and is made again when films, size, autoencoder or teacher change.
     """
 
-    def __init__(self, source, count: int, model: UniX, teacher, folder: Path, device: str):
+    def __init__(self, source, count: int, model: UniX, teacher, folder: Path, images=None):
+        """`images`: the same films at the image encoder's size, where these are wanted too."""
         self.source, self.folder, self.stem = source, folder, f"latents-{source.size}"
+        self.images = images
         origin = [source.fingerprint(), count, digest(model.vae), digest(teacher)]
         about = folder / f"{self.stem}.json"
         known = json.loads(about.read_text()) if about.exists() else {}
         if known.get("origin") != origin:
             about.unlink(missing_ok=True)
-            known = {"origin": origin, "texts": self.build(count, model, teacher, device)}
+            known = {"origin": origin, "texts": self.build(count, model, teacher)}
             with atomic(about) as temporary:
                 temporary.write_text(json.dumps(known))
         self.texts = known["texts"]
@@ -225,12 +235,12 @@ class Latents:
         return self.folder / f"{self.stem}.{kind}.npy"
 
     @torch.no_grad()
-    def build(self, count: int, model: UniX, teacher, device: str) -> list:
+    def build(self, count: int, model: UniX, teacher) -> list:
         """Fills the memory maps; returns the texts [report, caption] of the films."""
         texts, maps, loader = [], {}, range(0, count, 64)
         for start in tqdm(loader, desc=f"latents at {self.source.size} px", unit="batch"):
             films = [self.source[i] for i in range(start, min(count, start + 64))]
-            images = torch.from_numpy(np.stack([f["image"] for f in films])).to(device)
+            images = torch.from_numpy(np.stack([f["image"] for f in films])).to(model.device)
             out = {"moments": model.vae.moments(vae_pixels(images))}
             if teacher:
                 out["features"] = teacher.patches(images)
@@ -250,8 +260,9 @@ class Latents:
 
     def __getitem__(self, i: int) -> dict:
         report, caption = self.texts[i]
-        return {"index": i, "report": report, "caption": caption,
-                **{k: v[i].astype(np.float32) for k, v in self.maps.items()}}
+        sample = {"index": i, "report": report, "caption": caption,
+                  **{k: v[i].astype(np.float32) for k, v in self.maps.items()}}
+        return sample if self.images is None else sample | {"image": self.images[i]["image"]}
 
 
 class Trainer:
@@ -259,19 +270,26 @@ class Trainer:
 
     def __init__(self, options: Options, stage: Stage, model, data, procs: Processes, out: Path):
         self.options, self.stage, self.model, self.out = options, stage, model, out
-        self.data, self.procs, self.device, self.step, self.stop = data, procs, procs.device, 0, False
+        self.data, self.procs, self.device = data, procs, procs.device
+        self.step, self.stop = 0, False
         self.file = out / f"stage{options.stage}.pt"
         self.settings = {k: v for k, v in asdict(options).items() if k in (
             "data", "preset", "accumulate", "train", "mix", "share_layers", "no_context", "seed")}
         self.settings.update(steps=stage.steps, batch=stage.batch, lr=stage.lr, repa=stage.repa)
         self.vae = model if stage.trains == "vae" else model.vae
-        self.projector = None
+        self.projector, self.both = None, options.train == "both"
         self.learns = self.choose()
-        self.average = {k: p.detach().clone() for k, p in self.learns.items()} if stage.ema else None
+        self.average = None
+        if stage.ema:
+            self.average = {k: p.detach().clone() for k, p in self.learns.items()}
         self.optimizers = self.choose_optimizers()
         bf16 = options.precision == "bf16" or options.precision == "auto" and (
             "cuda" in self.device or torch.cpu._is_avx512_bf16_supported())
         self.cast = lambda: torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=bf16)
+        if stage.trains != "vae":
+            model.lm.tower.checkpointing = options.checkpointing
+            for layer in model.lm.tower.layers if options.compile else ():
+                layer.read, layer.draw = torch.compile(layer.read), torch.compile(layer.draw)
 
     def choose(self) -> dict[str, nn.Parameter]:
         """Freezes everything, then frees what this stage trains (Table 1)."""
@@ -302,30 +320,23 @@ class Trainer:
         found = [torch.optim.AdamW(rest, self.stage.lr, (0.9, 0.95), eps=1e-15, weight_decay=0)]
         return found + [Muon(matrices.values(), self.stage.muon)] * bool(matrices)
 
-    @property
-    def both(self) -> bool:
-        return self.options.train == "both"
-
     # ------------------------------------------------------------ one step
 
     def draws(self, k: int) -> dict[str, Tensor]:
         """All randomness of step k, for the whole batch and on the CPU, so that neither a restart,
         nor the number of processes, nor accumulation changes it."""
-        rng = torch.Generator().manual_seed((self.options.seed * 10 + self.options.stage) * 10**9 + k)
-        b = self.stage.batch
+        o, b = self.options, self.stage.batch
+        rng = torch.Generator().manual_seed((o.seed * 10 + o.stage) * 10**9 + k)
         draw = {"keep": torch.rand(b, generator=rng), "time": sample_time(b, rng),
                 "prompt": torch.randint(len(INSTRUCTIONS), (b,), generator=rng)}
         if self.stage.trains != "understanding":
-            shape = (b, *self.latent_shape())
-            draw |= {"eps": torch.randn(shape, generator=rng), "z": torch.randn(shape, generator=rng)}
-        share = [int(n) for n in self.options.mix.split(":")]
+            side = self.stage.pixels // self.vae.factor
+            shape = (b, self.vae.channels, side, side)
+            draw |= {name: torch.randn(shape, generator=rng) for name in ("eps", "z")}
+        share = [int(n) for n in o.mix.split(":")]
         reads = round(b * share[0] / sum(share)) if self.both else b
         draw["reads"] = torch.arange(b) < reads
         return draw
-
-    def latent_shape(self) -> tuple[int, int, int]:
-        side = self.stage.pixels // self.vae.factor
-        return self.vae.channels, side, side
 
     def terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
         """Summed loss terms of some films."""
@@ -367,21 +378,24 @@ class Trainer:
         model, device = self.model, self.device
         x0 = self.vae.latents(batch["moments"].to(device), draw["z"].to(device))
         frozen, tap = not self.both, round(model.config.layers * 8 / 24) if self.projector else 0
-        with torch.set_grad_enabled(not frozen):        # frozen understanding: no gradient, no graph
+        with torch.set_grad_enabled(not frozen):    # frozen understanding: no gradient, no graph
             context = model.read([model.ids(c) for c in batch["caption"]])
-        dropped = draw["keep"].to(device) < (1 if self.options.no_context else 0.1)     # for guidance
+        dropped = draw["keep"].to(device) < (1 if self.options.no_context else 0.1)  # for guidance
         loss, states = model.flow_loss(x0, context.drop(dropped), draw["time"].to(device),
                                        draw["eps"].to(device), frozen, tap)
         found = {"flow": loss.sum()}
         self.by_time.append((draw["time"], loss.detach().cpu()))
         if self.projector:
-            found["repa"] = align(self.projector(states), batch["features"].to(device), x0.shape[2:])
+            found["repa"] = align(self.projector(states), batch["features"].to(device),
+                                  x0.shape[2:])
         return found
 
     def weights(self, batch: dict, draw: dict) -> dict[str, float]:
-        """What each summed term is multiplied with: its weight over its count in the whole batch."""
-        tokens = sum(len(self.model.ids(r)) + 1 for r, reads in zip(
-            batch.get("report", []), draw["reads"]) if reads) if self.stage.trains != "vae" else 0
+        """What each summed term is multiplied with: its weight over its count in the batch."""
+        tokens = 0
+        if self.stage.trains == "understanding" or self.both:
+            tokens = sum(len(self.model.ids(r)) + 1 for r, reads in zip(batch["report"],
+                                                                        draw["reads"]) if reads)
         films = int((~draw["reads"]).sum()) if self.both else len(draw["reads"])
         tokens, films = self.procs.total(torch.tensor([tokens, films], device=self.device)).tolist()
         return {"text": 1 / max(tokens, 1), "flow": 1 / max(films, 1), "mse": 1 / films,
@@ -407,9 +421,9 @@ class Trainer:
         names = list(logged)
         values = self.procs.total(torch.stack([*logged.values()])).tolist()
         if not all(map(math.isfinite, [*values, float(norm)])):
-            saved = f"the last good checkpoint is {self.file}" if self.file.exists() else "nothing was saved"
-            raise UserError(f"step {k}: the loss is not finite ({dict(zip(names, values))}) at learning "
-                            f"rate {self.rate(k):.2e}; {saved}. Try a lower --lr")
+            kept = f"last good checkpoint: {self.file}" if self.file.exists() else "nothing saved"
+            raise UserError(f"step {k}: the loss is not finite ({dict(zip(names, values))}) at "
+                            f"learning rate {self.rate(k):.2e}; {kept}. Try a lower --lr")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * self.rate(k) / self.stage.lr
@@ -446,22 +460,21 @@ class Trainer:
                     p.data = kept[k]
 
     def save(self):
-        """First all that resuming needs, in one file, then the weights folder; each is atomic."""
+        """First all that resuming needs, in one file, then the weights folder; each is atomic. A
+        finished stage keeps only the note that it is."""
         if self.procs.rank:
             return
-        done = self.step >= self.stage.steps
-        state = {"step": self.step, "settings": self.settings}
-        if not done:        # a finished stage needs no optimizer any more
-            state |= {"learns": {k: p.detach() for k, p in self.learns.items()},
-                      "average": self.average,
-                      "optimizers": [x.state_dict() for x in self.optimizers]}
+        note = {"step": self.step, "settings": self.settings}
+        state = note | {"learns": {k: p.detach() for k, p in self.learns.items()},
+                        "average": self.average,
+                        "optimizers": [x.state_dict() for x in self.optimizers]}
         try:
-            if done:
-                self.publish()
             with atomic(self.file) as temporary:
                 torch.save(state, temporary)
-            if not done:
-                self.publish()
+            self.publish()
+            if self.step >= self.stage.steps:
+                with atomic(self.file) as temporary:
+                    torch.save(note, temporary)
         except (UserError, OSError, RuntimeError) as e:
             raise UserError(f"could not save step {self.step} in {self.out} ({e}); the checkpoint "
                             "before it is whole: make room, then run the same command") from None
@@ -485,26 +498,31 @@ class Trainer:
         self.vae.scale = float((mean.var() + logvar.clamp(-30, 20).exp().mean()).rsqrt())
 
     def resume(self):
-        """Goes on from the checkpoint of this stage, if there is one. Raises UserError."""
+        """Goes on from the checkpoint of this stage, if there is one; True if it is finished.
+        Raises UserError."""
         if not self.file.exists():
-            return
+            return False
         try:
             state = torch.load(self.file, map_location=self.device, weights_only=True)
         except Exception as e:      # torch has no common class for a broken file
-            raise UserError(f"{self.file} is broken ({str(e)[:60]}); delete it to start over") from None
+            problem = f"{self.file} is broken ({str(e)[:50]}); delete it to start over"
+            raise UserError(problem) from None
         changed = [f"{k} was {v}, now {self.settings.get(k)}" for k, v in state["settings"].items()
                    if v != self.settings.get(k)]
         if changed:
             raise UserError(f"{self.file} was made with other settings ({'; '.join(changed)}): use "
                             "the same ones, another --out, or delete it to start over")
         self.step = state["step"]
-        if self.step < self.stage.steps:
+        if "learns" in state:
             with torch.no_grad():
                 for k, p in self.learns.items():
                     p.copy_(state["learns"][k])
             self.average = state["average"]
             for optimizer, kept in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(kept)
+            if self.step >= self.stage.steps:       # stopped between the state and the weights
+                self.save()
+        return self.step >= self.stage.steps
 
     # ------------------------------------------------------------ the loop
 
@@ -519,6 +537,9 @@ class Trainer:
         both = [start(data, (self.step + odd) // 2) for data, odd in zip(self.data, (1, 0))]
         return (next(both[k % 2]) for k in itertools.count(self.step))
 
+    def told_to_stop(self) -> bool:
+        return bool(self.procs.total(torch.tensor(int(self.stop), device=self.device)))
+
     def fit(self):
         """Trains to the end, or until Ctrl-C, which saves."""
         for s in (signal.SIGINT, signal.SIGTERM):
@@ -528,12 +549,13 @@ class Trainer:
         bar = tqdm(total=s.steps, initial=self.step, desc=f"stage {o.stage}", unit="step",
                    disable=self.procs.rank > 0)
         log = Log(self.out / "log.jsonl", o.stage, self.step) if not self.procs.rank else None
-        while self.step < s.steps and not self.stop:
+        while self.step < s.steps and not self.told_to_stop():
             logged = self.one_step(next(stream))
             bar.update()
             bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in logged.items()))
             if log:
-                log.add(self.step, logged | {"lr": self.rate(self.step - 1)}, self.by_time)
+                log.add(self.step, logged | {"lr": self.rate(self.step - 1)}, self.by_time,
+                        self.step == s.steps)
             if self.step % o.save_every == 0 or self.step == s.steps:
                 self.save()
             if log and (self.step % o.sheet_every == 0 or self.step == s.steps):
@@ -542,7 +564,7 @@ class Trainer:
         bar.close()
         if self.step < s.steps:
             self.save()
-            raise Stopped(f"stopped at step {self.step}, all saved; the same command goes on from there")
+            raise Stopped(f"stopped at step {self.step} and saved; the same command goes on")
         if log:
             log.curves(self.out / "curves.png")
 
@@ -570,9 +592,9 @@ class Trainer:
     def draw_films(self, name: Path):
         """A film a prompt of Figure 4, and one film on its way from noise, left to right."""
         model, size = self.model, self.stage.pixels
-        films = list(model.generate(list(PROMPTS), size, points=25, scale=3.0)[:, 0].cpu().numpy())
-        side = size // self.vae.factor
-        steps = list(model.draw([model.ids(PROMPTS[4])], side, side, [4], points=25, scale=3.0))
+        films = list(model.generate(list(PROMPTS), size, points=25)[:, 0].cpu().numpy())
+        side, scale = size // self.vae.factor, model.config.guidance
+        steps = list(model.draw([model.ids(PROMPTS[4])], side, side, [4], points=25, scale=scale))
         strip = [to_uint8(self.vae.decode(x))[0, 0].cpu().numpy() for x in steps[2::3]]
         times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
         sheet(films + strip, [*PROMPTS, *times], 8, name)
@@ -586,13 +608,14 @@ def pick_rows(batch: dict, rows: Tensor) -> dict:
 
 
 def align(states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """REPA: negative cosine between projected states (b, n, d) and a teacher's features (b, m, d) of
-    the clean film, both on their grids; the teacher's is resized in 2-D. Summed over films."""
+    """REPA: negative cosine between projected states (b, n, d) and a teacher's features (b, m, d)
+    of the clean film, both on their grids; the teacher's is resized in 2-D. Summed over films."""
     side = math.isqrt(features.shape[1])
     features = features.transpose(1, 2).unflatten(2, (side, side))
     if features.shape[2:] != grid:
         features = F.interpolate(features, grid, mode="bilinear")
-    return -F.cosine_similarity(states.float(), features.flatten(2).transpose(1, 2), dim=-1).mean(1).sum()
+    features = features.flatten(2).transpose(1, 2)
+    return -F.cosine_similarity(states.float(), features, dim=-1).mean(1).sum()
 
 
 class Stopped(Exception):
@@ -603,21 +626,25 @@ class Log:
     """log.jsonl, one line of means every 20 steps; lines past a resumed step are taken out."""
 
     def __init__(self, file: Path, stage: int, step: int):
-        self.file, self.stage, self.sums, self.n, self.bins = file, stage, {}, 0, [[] for _ in range(10)]
+        self.file, self.stage = file, stage
         lines = file.read_text().splitlines() if file.exists() else []
         self.rows = [r for r in map(json.loads, lines) if r["stage"] != stage or r["step"] <= step]
         with atomic(file) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+        self.clear()
+
+    def clear(self):
+        self.sums, self.n, self.bins = {}, 0, [[] for _ in range(10)]
         self.begin = time.perf_counter()
 
-    def add(self, step: int, values: dict, by_time: list):
+    def add(self, step: int, values: dict, by_time: list, last=False):
         for k, v in values.items():
             self.sums[k] = self.sums.get(k, 0) + v
         for times, losses in by_time:
             for t, v in zip(times.tolist(), losses.tolist()):
                 self.bins[min(int(t * 10), 9)].append(v)
         self.n += 1
-        if step % 20:
+        if step % 20 and not last:
             return
         row = {"stage": self.stage, "step": step,
                "steps_per_s": self.n / (time.perf_counter() - self.begin),
@@ -627,7 +654,7 @@ class Log:
         self.rows.append(row)
         with open(self.file, "a") as f:
             f.write(json.dumps(row) + "\n")
-        self.sums, self.n, self.bins, self.begin = {}, 0, [[] for _ in range(10)], time.perf_counter()
+        self.clear()
 
     def curves(self, file: Path):
         """One panel a stage and loss, against steps, drawn with Pillow."""
@@ -641,11 +668,11 @@ class Log:
         pen = ImageDraw.Draw(canvas)
         for i, (name, points) in enumerate(sorted(lines.items())):
             low, high = (f(y for _, y in points) for f in (min, max))
-            place = [(40 + 580 * x / points[-1][0], 180 * i + 160 - 130 * (y - low) / max(high - low, 1e-9))
-                     for x, y in points]
+            place = [(40 + 580 * x / points[-1][0],
+                      180 * i + 160 - 130 * (y - low) / max(high - low, 1e-9)) for x, y in points]
             pen.line(place if len(place) > 1 else place * 2, fill="black", width=2)
-            pen.text((40, 180 * i + 6), f"{name}, {low:.4g} to {high:.4g} over {points[-1][0]} steps",
-                     fill="black")
+            text = f"{name}, {low:.4g} to {high:.4g} over {points[-1][0]} steps"
+            pen.text((40, 180 * i + 6), text, fill="black")
         with atomic(file) as temporary:
             canvas.save(temporary, "PNG")
 
@@ -671,13 +698,11 @@ def plan(options: Options, stage: Stage):
               f"{'trained' if name == stage.trains or options.train == 'both' else 'frozen'}")
     print(f"  tokens a sample: {image} image, {latents} latents, and the text")
     tokens = {"understanding": image + 150, "generation": latents}.get(stage.trains, 0)
-    width = (14 * config.width + 3 * config.mlp) * config.layers * 4
-    each = stage.batch / options.accumulate
+    kept = config.width if options.checkpointing else 14 * config.width + 3 * config.mlp
     total = sum(count.values())
     memory = {"weights": 4 * total, "gradients": 4 * learns, "optimizer": 8 * learns,
               "average": 4 * learns if stage.ema else 0,
-              "activations": each * tokens * (4 * config.width * config.layers if options.checkpointing
-                                              else width)}
+              "activations": 4 * kept * config.layers * tokens * stage.batch / options.accumulate}
     print("  memory: " + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in memory.items())
           + f"; in all {sum(memory.values()) / 2**30:.2f} GiB")
     films = stage.steps * stage.batch
@@ -697,8 +722,8 @@ def new_model(options: Options, out: Path, data) -> UniX:
     tokenizer = Tokenizer.train(texts + list(INSTRUCTIONS), config.vocab, special=SPECIAL)
     ids = dict(zip(("bos", "eos", "boi", "eoi"), map(tokenizer.token_to_id, SPECIAL)))
     torch.manual_seed(options.seed)
-    return UniX(replace(config, vocab=max(config.vocab if options.preset == "unix" else 0, len(tokenizer)),
-                        share_layers=options.share_layers, **ids), tokenizer)
+    return UniX(replace(config, vocab=len(tokenizer), share_layers=options.share_layers, **ids),
+                tokenizer)
 
 
 def command_tail(options: Options) -> str:
@@ -724,31 +749,35 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
     if k > 1:
         if model.vae is None:
             print("no autoencoder yet: stage 0 comes first (--vae takes a pretrained one instead)")
-            run(replace(Options(), stage=0, data=o.data, out=str(out), preset=o.preset, steps=o.steps))
+            run(Options(stage=0, data=o.data, out=str(out), preset=o.preset, steps=o.steps), procs)
             model.vae = load_vae(out / "vae" / "model.safetensors").to(procs.device)
         if k == 2 and not (out / "stage2.pt").exists():
             model.copy_tower()
-        teacher = None
-        if stage.repa:
-            teacher = load_rad_dino(o.repa_teacher).to(procs.device) if o.repa_teacher else model.vit
-        count = min(len(data), stage.films or len(data))
-        data = Latents(data, count, model, teacher, out, procs.device)
+        teacher = model.vit if stage.repa else None
+        if teacher and o.repa_teacher:
+            teacher = load_rad_dino(o.repa_teacher).to(procs.device)
+        images = open_data(o.data, "train", model.config.vit_image) if o.train == "both" else None
+        with procs.first():
+            count = min(len(data), stage.films or len(data))
+            data = Latents(data, count, model, teacher, out, images)
         model.config.resolution = stage.pixels
     return Trainer(o, stage, model, data, procs, out)
 
 
-def run(options: Options):
+def run(options: Options, procs: Processes | None = None):
+    """Runs a stage, or prints its plan. Raises UserError, and Stopped after Ctrl-C."""
     stage = STAGES[options.preset][options.stage]
-    chosen = {"steps": options.steps, "batch": options.batch_size, "lr": options.lr, "repa": options.repa}
+    chosen = {"steps": options.steps, "batch": options.batch_size, "lr": options.lr,
+              "repa": options.repa if options.stage == 2 else None}
     stage = replace(stage, **{k: v for k, v in chosen.items() if v is not None})
     if options.plan:
         return plan(options, stage)
-    procs = Processes()
+    procs = procs or Processes()
     out = Path(options.out or f"runs/{Path(options.data).resolve().name}")
     out.mkdir(parents=True, exist_ok=True)
     trainer = set_up(options, stage, procs, out)
-    trainer.resume()
-    if trainer.step >= stage.steps:
+    finished = trainer.resume()
+    if finished:
         print(f"stage {options.stage} in {out} is finished ({trainer.step} steps)")
     else:
         trainer.fit()

@@ -12,7 +12,7 @@ Letters: b batch, l text tokens, m image tokens with markers, n latent tokens, d
 import json
 import math
 import re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ from diffusion import (VAE, TimeEmbedder, path, position_ids, position_table, sa
                        velocity_loss)
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|begin_of_image|>", "<|end_of_image|>")
-INSTRUCTIONS = ("Review this X-ray and provide detailed FINDINGS.", "Write the report of this film.",
-                "Describe this chest X-ray.", "What does this radiograph show?")
+INSTRUCTIONS = (
+    "Review this X-ray and provide detailed FINDINGS.", "Write the report of this film.",
+    "Describe this chest X-ray.", "What does this radiograph show?")
 
 
 @dataclass
@@ -59,11 +60,12 @@ class Config:
 
 PRESETS = {
     "unix": Config(),
-    "tiny": Config(vit_image=96, vit_patch=12, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
-                   vocab=1024, layers=4, width=192, heads=6, kv_heads=6, head_dim=32, mlp=512,
-                   max_tokens=256, bos=0, eos=1, boi=2, eoi=3, resolution=128,
-                   vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [],
-                        "scale": 1.0, "shift": 0.0}),
+    "tiny": Config(
+        vit_image=96, vit_patch=16, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
+        vocab=1024, layers=3, width=160, heads=5, kv_heads=5, head_dim=32, mlp=448,
+        max_tokens=256, bos=0, eos=1, boi=2, eoi=3, resolution=128,
+        guidance=3.0,
+        vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [], "scale": 1.0, "shift": 0.0}),
 }
 
 
@@ -93,6 +95,10 @@ class UniX(nn.Module):
     def device(self) -> torch.device:
         return self.positions.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.lm.lm_head.weight.dtype
+
     def branch(self, name: str) -> dict[str, nn.Parameter]:
         """Parameters of "understanding", "generation" or "vae" by name (Table 1). Layers that the
         branches share belong to understanding."""
@@ -116,7 +122,7 @@ class UniX(nn.Module):
         if self.tokenizer is None:
             raise UserError("the weights folder has no tokenizer.json; add one")
         if not text.strip():
-            raise UserError("the text is empty; write what the film shows")
+            raise UserError("the text is empty; give at least a word")
         ids = self.tokenizer.encode(text)
         if len(ids) > self.config.max_tokens - 2:
             raise UserError(f"the text has {len(ids)} tokens and {self.config.max_tokens - 2} fit; "
@@ -142,7 +148,7 @@ class UniX(nn.Module):
     def see(self, pixels: Tensor) -> Tensor:
         """ViT pixels (b, 3, H, W) -> image block [BOI features EOI] (b, m, d)."""
         begin, end = self.marks(len(pixels)).split(1, dim=1)
-        return torch.cat([begin, self.connector(self.vit(pixels)), end], dim=1)
+        return torch.cat([begin, self.connector(self.vit(pixels.to(self.dtype))), end], dim=1)
 
     def read(self, captions: list[list[int]]):
         """Token lists of captions -> the Context that the latents attend to."""
@@ -162,14 +168,15 @@ class UniX(nn.Module):
     @torch.no_grad()
     def report(self, pixels: Tensor, prompt: str = INSTRUCTIONS[0], max_new: int = 500,
                temperature: float = 0.0, top_p: float = 1.0, seed: int = 0) -> list[str]:
-        """Writes the reports of films (b, 3, H, W): greedy, or sampled at a temperature > 0."""
+        """Writes the reports of ViT pixels (b, 3, H, W): greedy, or sampled at a temperature > 0.
+        Raises UserError: prompt empty or too long."""
         rng = torch.Generator().manual_seed(seed)
         tokens, length = self.pad([self.wrap(self.ids(prompt)) + [self.config.bos]] * len(pixels))
         steps = decode(self.lm, tokens, length, self.see(pixels), self.config.eos, max_new,
                        lambda logits: pick(logits, temperature, top_p, rng))
         written = torch.stack([token for token, _ in steps], dim=1).tolist()
-        return [self.tokenizer.decode(ids[:ids.index(self.config.eos)] if self.config.eos in ids
-                                      else ids) for ids in written]
+        end = self.config.eos
+        return [self.tokenizer.decode(ids[:[*ids, end].index(end)]) for ids in written]
 
     # ------------------------------------------------------------ generation
 
@@ -179,7 +186,8 @@ class UniX(nn.Module):
 
         `places` (n,) or (b, n): rows of the position table. `keep` (b, n): False at padding.
         """
-        tokens = self.vae2llm(x) + self.time_embedder(t)[:, None] + self.positions[places]
+        tokens = self.vae2llm(x.to(self.dtype)) + self.time_embedder(t)[:, None]
+        tokens = tokens + self.positions[places].to(self.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             marks = self.marks(len(x))
         out, tapped = self.lm.tower.draw(marks, tokens, context, frozen, tap, keep)
@@ -194,7 +202,7 @@ class UniX(nn.Module):
 
     @torch.no_grad()
     def draw(self, captions: list[list[int]], h: int, w: int, seeds, **how):
-        """Denoises an h x w latent image a caption. Yields the latents after each step (b, c, h, w).
+        """Denoises an h x w latent image a caption. Yields latents (b, c, h, w) after each step.
 
         The captions are read once. Each image's noise comes from its own seed on the CPU, so that
         it depends neither on the device nor on the batch. `how`: see diffusion.sample.
@@ -209,18 +217,23 @@ class UniX(nn.Module):
         for _, _, x in sample(velocity, torch.stack(noise).to(self.device), **how):
             yield x.transpose(1, 2).unflatten(2, (h, w))
 
-    @torch.no_grad()
-    def generate(self, captions: list[str], size: int | None = None, seeds=None, **how) -> Tensor:
-        """Draws a film a caption -> uint8 (b, 3, size, size), each from the noise of its own seed.
-        Raises UserError. `how`: points, shift, scale (default: the weights folder's)."""
+    def side(self, size: int | None) -> int:
+        """Latent rows of a film of `size` pixels a side (None: as trained). Raises UserError."""
         if self.vae is None:
-            raise UserError("there is no autoencoder; give one with --vae, or run train.py --stage 0")
+            raise UserError("the weights folder has no autoencoder: run train.py --stage 0, or "
+                            "put one there as vae/vae.ckpt")
         size = self.config.resolution if size is None else size
         side, rest = divmod(size, self.vae.factor)
         if rest or not 0 < side <= self.config.latent_side:
             raise UserError(f"size must be a multiple of {self.vae.factor} up to "
                             f"{self.vae.factor * self.config.latent_side}, not {size}")
-        ids = [self.ids(c) for c in captions]
+        return side
+
+    @torch.no_grad()
+    def generate(self, captions: list[str], size: int | None = None, seeds=None, **how) -> Tensor:
+        """Draws a film a caption -> uint8 (b, 3, size, size), each from the noise of its own seed.
+        Raises UserError. `how`: points, shift, scale (default: the weights folder's)."""
+        side, ids = self.side(size), [self.ids(c) for c in captions]
         how.setdefault("scale", self.config.guidance)
         for latents in self.draw(ids, side, side, seeds or range(len(ids)), **how):
             pass
@@ -233,7 +246,8 @@ class UniX(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v for k, v in self.state_dict().items() if not k.startswith("vae.")}
-        write_safetensors({released(k): v for k, v in weights.items()}, folder / "model.safetensors")
+        weights = {released(k): v for k, v in weights.items()}
+        write_safetensors(weights, folder / "model.safetensors")
         if self.vae is not None:
             save_vae(self.vae, folder / "vae")
         if self.tokenizer is not None:
@@ -244,22 +258,23 @@ class UniX(nn.Module):
 
     @staticmethod
     def load(folder: str | Path, device="cpu", dtype=torch.float32) -> "UniX":
-        """Opens a released, a Janus-Pro or one of our own folders. Raises UserError."""
+        """Opens a released, a Janus-Pro or one of our own folders. Raises UserError.
+
+        Tensors stay in the mapped file where dtype and device allow it; others are copied one by
+        one. The autoencoder is always fp32.
+        """
         folder = Path(folder)
-        about = read_json(folder / "config.json")
-        weights = {plain(k): v for k, v in read_weights(folder).items() if used(k)}
-        janus = not any("_moe_gen." in k for k in weights)
-        vae = read_vae(folder, about)
+        about, tokenizer = read_json(folder / "config.json"), folder / "tokenizer.json"
+        weights = {official(k): v for k, v in read_weights(folder).items()}
+        weights.pop(None, None)
         config = infer_config(weights, about, folder)
-        tokenizer = folder / "tokenizer.json"
         with torch.device("meta"):
             model = UniX(config)
-        if janus:
+        if not any("_moe_gen." in k for k in weights):
             complete(weights, model)
-        fit(model, {k: weights.pop(released(k), None) for k in model.state_dict()}, weights,
-            dtype, folder)
+        fit(model, weights, dtype, folder)
         model.tokenizer = Tokenizer.load(tokenizer) if tokenizer.exists() else None
-        model.vae = vae
+        model.vae = read_vae(folder, about)
         return model.to(device).eval()
 
 
@@ -277,24 +292,27 @@ def released(name: str) -> str:
         else:
             part = ("" if part.endswith("layernorm") else "self_attn.") + part + suffix
         return f"language_model.model.layers.{i}.{part}.{kind}"
-    for ours, theirs in (("lm.lm_head.", "language_model.lm_head."),
-                         ("lm.tower.norm_gen.", "language_model.model.norm_moe_gen."),
-                         ("lm.tower.", "language_model.model."), ("lm.", "language_model.model."),
-                         ("vit.", "vit_model.vision_tower."), ("positions", "latent_pos_embed.pos_embed")):
+    for ours, theirs in (
+            ("lm.lm_head.", "language_model.lm_head."),
+            ("lm.tower.norm_gen.", "language_model.model.norm_moe_gen."),
+            ("lm.tower.", "language_model.model."), ("lm.", "language_model.model."),
+            ("vit.", "vit_model.vision_tower."),
+            ("positions", "latent_pos_embed.pos_embed")):
         if name.startswith(ours):
             return theirs + name[len(ours):]
     return name
 
 
-def plain(name: str) -> str:
-    """A Janus-Pro name -> the official one."""
+def official(name: str) -> str | None:
+    """A Janus-Pro or an official name -> the official one; None where no forward pass reads it."""
+    if re.search(r"\.attn_pool\.|^vit_pos_embed\.|^gen_|rotary_emb|^vae\.", name):
+        return None
     name = re.sub(r"^vision_model\.", "vit_model.", name)
     return re.sub(r"^aligner\.", "connector.", name)
 
 
-def used(name: str) -> bool:
-    """False for tensors that no forward pass reads: they may be there or not."""
-    return not re.search(r"\.attn_pool\.|^vit_pos_embed\.|^gen_|rotary_emb|^vae\.", name)
+MARKERS = {"bos": "bos_token_id", "eos": "eos_token_id", "boi": "start_of_image",
+           "eoi": "end_of_image"}
 
 
 def config_json(model: UniX) -> dict:
@@ -316,109 +334,104 @@ def config_json(model: UniX) -> dict:
                        "image_size": c.vit_image, "intermediate_size": c.vit_mlp,
                        "num_attention_heads": c.vit_heads, "num_hidden_layers": c.vit_layers,
                        "patch_size": c.vit_patch, "select_layer": -1},
-        "special_token_ids": {"bos_token_id": c.bos, "eos_token_id": c.eos,
-                              "start_of_image": c.boi, "end_of_image": c.eoi},
-        "inference_config": {"generation": {"cfg_text_scale": c.guidance, "cfg_interval": [0.4, 1.0],
-                                            "num_timesteps": 50, "do_sample": False}},
+        "special_token_ids": {theirs: getattr(c, ours) for ours, theirs in MARKERS.items()},
+        "inference_config": {"generation": {
+            "cfg_text_scale": c.guidance, "cfg_interval": [0.4, 1.0], "num_timesteps": 50,
+            "do_sample": False}},
         "ours": {"share_layers": c.share_layers, "resolution": c.resolution},
     }
     if model.vae is not None:
-        about["vae_path"] = "vae/model.safetensors"
         about["vae_config"] = {"path": "vae/model.safetensors", "downsample": model.vae.factor,
                                "z_channels": c.latent_channels, "embed_dim": c.latent_channels,
                                "scale_factor": model.vae.scale, "shift_factor": model.vae.shift}
+        about["vae_path"] = about["vae_config"]["path"]
     return about
 
 
 def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Config:
     """Config of a weights folder: sizes from tensor shapes; config.json tells the rest."""
-    def shape(ours: str, axis: int) -> int:
+    def size(ours: str, axis: int, default=None) -> int:
         name = released(ours)
-        if name not in weights:
-            raise UserError(f"{folder}: tensor {name} is missing; download the folder again")
-        return weights[name].shape[axis] if weights[name].dim() > axis else 0
+        shape = weights[name].shape if name in weights else ()
+        if len(shape) <= axis and default is None:
+            raise UserError(f"{folder}: tensor {name} is missing or cut; download the folder again")
+        return shape[axis] if len(shape) > axis else default
 
     def count(prefix: str) -> int:
-        found = [int(k[len(prefix):].split(".")[0]) for k in weights if k.startswith(prefix)]
-        return 1 + max(found, default=-1)
+        found = [re.match(prefix + r"(\d+)\.", k) for k in weights]
+        return 1 + max((int(m[1]) for m in found if m), default=-1)
     text = about.get("language_config") or about.get("llm_config") or {}
-    vit, ours = about.get("vit_config", {}), about.get("ours", {})
-    drawing, vocab = (about.get("inference_config", {}).get("generation", {}),
-                      shape("lm.embed_tokens.weight", 0))
-    layer, width = "lm.tower.layers.0.und.", shape("lm.embed_tokens.weight", 1)
-    rows, vit_width = shape(layer + "q_proj.weight", 0), shape("vit.patch_embed.proj.weight", 0)
-    patch = shape("vit.patch_embed.proj.weight", 2)
-    q_norm = weights.get(released(layer + "q_norm.weight"))
-    heads = text.get("num_attention_heads") or max(1, rows // 128)   # Janus-Pro has heads of 128
-    head_dim = q_norm.shape[0] if q_norm is not None else rows // heads
-    table = weights.get("latent_pos_embed.pos_embed")
-    base = Config()
-    return replace(
-        base, vit_patch=patch, vit_width=vit_width,
-        vit_image=patch * math.isqrt(shape("vit.pos_embed", 1)),
-        vit_mlp=shape("vit.blocks.0.mlp.fc1.weight", 0), vit_layers=count("vit_model.vision_tower.blocks."),
-        vit_heads=vit.get("num_attention_heads") or max(1, vit_width // 64),
-        vocab=vocab, layers=count("language_model.model.layers."),
-        width=width, heads=rows // head_dim, head_dim=head_dim,
-        kv_heads=shape(layer + "k_proj.weight", 0) // head_dim,
-        mlp=shape(layer + "gate_proj.weight", 0),
+    ours, layer, base = about.get("ours", {}), "lm.tower.layers.0.und.", Config()
+    drawing = about.get("inference_config", {}).get("generation", {})
+    rows, vocab = size(layer + "q_proj.weight", 0), size("lm.embed_tokens.weight", 0)
+    heads = text.get("num_attention_heads") or max(1, rows // 128)      # Janus-Pro: heads of 128
+    head_dim = size(layer + "q_norm.weight", 0, rows // heads)
+    patch, vit_width = (size("vit.patch_embed.proj.weight", axis) for axis in (2, 0))
+    vit_heads = about.get("vit_config", {}).get("num_attention_heads") or max(1, vit_width // 64)
+    usual = [getattr(base, k) for k in MARKERS]         # the released code has them hard-coded
+    if max(usual) >= vocab:
+        usual = range(vocab - 4, vocab)
+    markers = {k: about.get("special_token_ids", {}).get(MARKERS[k], i)
+               for k, i in zip(MARKERS, usual)}
+    return Config(
+        vit_image=patch * math.isqrt(size("vit.pos_embed", 1)), vit_patch=patch,
+        vit_width=vit_width, vit_mlp=size("vit.blocks.0.mlp.fc1.weight", 0), vit_heads=vit_heads,
+        vit_layers=count(r"vit_model\.vision_tower\.blocks\."), vocab=vocab,
+        layers=count(r"language_model\.model\.layers\."), width=size("lm.embed_tokens.weight", 1),
+        heads=rows // head_dim, kv_heads=size(layer + "k_proj.weight", 0) // head_dim,
+        head_dim=head_dim, mlp=size(layer + "gate_proj.weight", 0),
         max_tokens=text.get("max_position_embeddings", base.max_tokens),
-        latent_side=math.isqrt(len(table)) if table is not None else base.latent_side,
-        latent_channels=weights["vae2llm.weight"].shape[1] if "vae2llm.weight" in weights else 16,
-        share_layers=ours.get("share_layers", 0), resolution=ours.get("resolution", base.resolution),
-        guidance=drawing.get("cfg_text_scale", base.guidance), **special_ids(about, vocab))
-
-
-def special_ids(about: dict, vocab: int) -> dict[str, int]:
-    """Ids of the four markers: from config.json, else those that the released code has hard-coded
-    (the last four rows of a vocabulary too small for them)."""
-    said = about.get("special_token_ids", {})
-    names = {"bos": "bos_token_id", "eos": "eos_token_id", "boi": "start_of_image", "eoi": "end_of_image"}
-    usual = {k: getattr(Config(), k) for k in names}
-    if max(usual.values()) >= vocab:
-        usual = dict(zip(names, range(vocab - 4, vocab)))
-    return {k: said.get(theirs, usual[k]) for k, theirs in names.items()}
+        latent_side=math.isqrt(size("positions", 0, base.latent_side ** 2)),
+        latent_channels=size("vae2llm.weight", 1, base.latent_channels),
+        share_layers=ours.get("share_layers", 0),
+        resolution=ours.get("resolution", base.resolution),
+        guidance=drawing.get("cfg_text_scale", base.guidance), **markers)
 
 
 def complete(weights: dict[str, Tensor], model: UniX):
     """Janus-Pro has no QK-norm, no q/k/v bias and no generation branch: norms of 1, biases of 0, a
     generation tower copied from understanding, and new latent and time embeddings."""
-    with torch.device("cpu"):
-        small = UniX(replace(model.config, layers=1, vit_layers=1, vocab=1))
-    fresh = {released(k): v for k, v in small.state_dict().items()}
+    fresh = UniX(replace(model.config, layers=0, vit_layers=0, vocab=1)).state_dict()
     for k in model.state_dict():
-        name, source = released(k), released(k.replace(".gen.", ".und.").replace("norm_gen", "norm"))
+        name = released(k)
+        source = name.replace("_moe_gen", "")
         if re.search(r"[qkv]_proj.*bias", name):
             weights.setdefault(name, torch.zeros(model.get_parameter(k).shape))
         elif re.search(r"[qk]_norm", name):
             weights.setdefault(name, torch.ones(model.config.head_dim))
-        elif source != name:
+        elif source != name and source in weights:
             weights.setdefault(name, weights[source].clone())
-        elif k.startswith(("vae2llm", "llm2vae", "time_embedder", "positions")):
-            weights.setdefault(name, fresh[name])
+        elif k.startswith(("vae2llm", "llm2vae", "time_embedder")):
+            weights.setdefault(name, fresh[k])
 
 
-def fit(model: nn.Module, wanted: dict[str, Tensor | None], extra: dict, dtype, folder: Path):
-    """Puts the tensors into a model on the meta device. Raises UserError naming what is wrong."""
-    state = model.state_dict()
-    table = wanted.get("positions", ...)
-    if table is None:
-        wanted["positions"] = position_table(model.config.latent_side, model.config.width)
-    missing = [released(k) for k, v in wanted.items() if v is None]
-    wrong = [f"{released(k)} is {list(v.shape)}, not {list(state[k].shape)}"
-             for k, v in wanted.items() if v is not None and v.shape != state[k].shape]
-    for kind, names in (("missing", missing), ("unexpected", sorted(extra)), ("wrong shape", wrong)):
+def fit(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path):
+    """Moves tensors of official names into a model on the meta device, which empties `weights`.
+    Raises UserError naming what is wrong."""
+    state = {released(k): v for k, v in model.state_dict().items()}
+    places = released("positions")
+    if places in state and places not in weights:           # it is a constant
+        weights[places] = position_table(model.config.latent_side, model.config.width)
+    wrong = [f"{k} is {list(weights[k].shape)}, not {list(v.shape)}"
+             for k, v in state.items() if k in weights and weights[k].shape != v.shape]
+    for kind, names in (("missing", [k for k in state if k not in weights]),
+                        ("unexpected", sorted(weights.keys() - state.keys())),
+                        ("wrong shape", wrong)):
         if names:
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise UserError(f"{folder}: {len(names)} tensor(s) {kind}: {', '.join(names[:4])}{more}")
-    model.load_state_dict({k: v if k == "positions" else v.to(dtype) for k, v in wanted.items()},
-                          assign=True)
+            raise UserError(f"{folder}: {len(names)} tensor(s) {kind}: "
+                            f"{', '.join(names[:4])}{more}")
+    for k in model.state_dict():        # one at a time, so that never two copies of all are held
+        tensor = weights.pop(released(k))
+        state[k] = tensor.float() if k == "positions" else tensor.to(dtype)
+    model.load_state_dict({k: state[k] for k in model.state_dict()}, assign=True)
 
 
 def read_vae(folder: Path, about: dict) -> VAE | None:
     """The autoencoder of a weights folder, or None. Raises UserError."""
     block = about.get("vae_config", {})
-    for name in (block.get("path"), about.get("vae_path"), "vae/model.safetensors", "vae/vae.ckpt", "vae.ckpt"):
+    for name in (block.get("path"), about.get("vae_path"), "vae/model.safetensors",
+                 "vae/vae.ckpt", "vae.ckpt"):
         if name and (folder / name).is_file():
             return load_vae(folder / name, block.get("scale_factor", 0.238092),
                             block.get("shift_factor", -0.201906))
@@ -434,7 +447,7 @@ def save_vae(vae: VAE, folder: Path):
 
 
 def load_vae(file: str | Path, scale=0.238092, shift=-0.201906) -> VAE:
-    """A CompVis autoencoder from .ckpt or .safetensors, whatever its sizes. The scale and shift of a
+    """A CompVis autoencoder from .ckpt or .safetensors, whatever its sizes. Scale and shift of a
     config.json beside it win over those given. Raises UserError."""
     file = Path(file)
     weights, beside = read_tensors(file), file.parent / "config.json"
@@ -445,10 +458,10 @@ def load_vae(file: str | Path, scale=0.238092, shift=-0.201906) -> VAE:
     try:
         sizes = VAE.sizes(weights)
     except (KeyError, ValueError) as e:
-        raise UserError(f"{file}: not a CompVis autoencoder (no tensor {e}); see --vae") from None
+        raise UserError(f"{file}: not a CompVis autoencoder ({e}); see --vae") from None
     with torch.device("meta"):
         vae = VAE(**sizes, scale=scale, shift=shift)
-    fit(vae, {k: weights.pop(k, None) for k in vae.state_dict()}, weights, torch.float32, file)
+    fit(vae, weights, torch.float32, file)
     return vae.eval()
 
 
@@ -472,7 +485,7 @@ def read_json(file: Path) -> dict:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise UserError(f"{file}: cannot be read as JSON ({e}); is this a weights folder?") from None
+        raise UserError(f"{file}: not readable as JSON ({e}); is this a weights folder?") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: is not a JSON object; is this a weights folder?")
     return found
@@ -484,11 +497,12 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / name).is_file():
             return read_tensors(folder / name)
         if (folder / f"{name}.index.json").is_file():
-            shards = read_json(folder / f"{name}.index.json").get("weight_map", {})
+            shards = read_json(folder / f"{name}.index.json").get("weight_map")
+            if not isinstance(shards, dict) or any(Path(str(s)).name != s
+                                                   for s in shards.values()):
+                raise UserError(f"{folder}: {name}.index.json has no weight_map to files beside it")
             found: dict[str, Tensor] = {}
             for shard in sorted(set(shards.values())):
-                if Path(shard).name != shard:
-                    raise UserError(f"{folder}: the index names a file outside it: {shard}")
                 found.update(read_tensors(folder / shard))
             return found
     raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin; is the folder complete?")
@@ -503,7 +517,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     try:
         found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as e:      # zip, pickle and runtime errors: torch has no common class for them
-        raise UserError(f"{file}: not a readable checkpoint ({str(e).splitlines()[0][:80]})") from None
+        why = " ".join(str(e).split())[:80]
+        raise UserError(f"{file}: not a readable checkpoint ({why})") from None
     found = found.get("state_dict", found) if isinstance(found, dict) else {}
     return {k: v for k, v in found.items() if isinstance(v, Tensor)}
 
@@ -511,29 +526,34 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors file, memory-mapped: 8 bytes length, JSON header, raw bytes.
 
-    Raises UserError when the file is missing, cut short, or its header does not add up.
+    Raises UserError when the file is missing or cut short, or its header does not add up: it is
+    longer than the file or 100 MB, or tensors overlap or lie outside.
     """
     path = Path(path)
     try:
         size = path.stat().st_size
         raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
         start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
-        if size < 8 or start > size:
+        if start > min(size, 100_000_008):
             raise ValueError("it is cut short")
         header = json.loads(bytes(raw[8:start].numpy()))
         header.pop("__metadata__", None)
-        found = {}
-        for name, entry in header.items():
+        found, free = {}, start         # from `free` on no tensor has been yet
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             a, b = (start + int(o) for o in entry["data_offsets"])
-            if not start <= a <= b <= size or min(shape, default=0) < 0 or \
+            if not free <= a <= b <= size or min(shape, default=0) < 0 or \
                     b - a != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name} does not fit its bytes")
-            piece = raw[a:b] if a % dtype.itemsize == 0 else raw[a:b].clone()
-            found[name] = piece.view(dtype).reshape(shape) if b > a else torch.empty(shape, dtype=dtype)
+            piece, free = raw[a:b], b
+            if a % dtype.itemsize:      # not aligned
+                piece = piece.clone()
+            found[name] = piece.view(dtype).reshape(shape)
         return found
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as e:
-        raise UserError(f"{path}: not a whole safetensors file ({type(e).__name__}: {e})") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError,
+            RuntimeError) as e:
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:120]}"
+        raise UserError(f"{path}: not a whole safetensors file ({why})") from None
 
 
 def write_safetensors(tensors: dict[str, Tensor], path: str | Path, metadata: dict | None = None):

@@ -107,26 +107,36 @@ def parity_reading(p: Parity):
     check_cache(p, "und", "ctx", context.kv)
     p.check("und/ctx_kv_len", context.length)
     p.check("und/ctx_rope", context.next_id)
-    text = m.wrap(tokens(p, "gen/prompt_ids"))
-    for group, start, picture in (("und", prompt, image), ("und_text", None, None)):
+    for group, picture in (("und", image), ("und_text", None)):
         fed, want = tokens(p, f"{group}/fed_ids"), p.get(f"{group}/logits")
-        first = p.want[f"{group}/position_ids"][0]
-        if group == "und_text":         # its prompt is one of the two that are stored
-            start = prompt if first == len(prompt) else text
+        start = prompt if picture is not None else text_prompt(p)
         row, length = m.pad([start + [c.bos]])
         steps = list(decode(m.lm, row, length, picture, -1, len(want)))
-        p.check(f"{group}/logits", torch.cat([logits for _, logits in steps]))
-        written = [int(t) for t, _ in steps]
+        logits, written = torch.cat([x for _, x in steps]), [int(t) for t, _ in steps]
+        p.check(f"{group}/logits", logits)
         p.check(f"{group}/next_ids", written)
         p.check(f"{group}/fed_ids", [c.bos, *written[:-1]])
         begin = len(start) + (picture is not None)
         p.check(f"{group}/position_ids", np.arange(begin, begin + len(fed)))
-        top = torch.cat([logits for _, logits in steps]).topk(2).values
+        top = logits.topk(2).values
         p.check(f"{group}/argmax_margin", top[:, 0] - top[:, 1])
     stop = int(p.want["und/stop_end_token"])
     row, length = m.pad([prompt + [c.bos]])
     stopped = [int(t) for t, _ in decode(m.lm, row, length, image, stop, len(tokens(p, "und/fed_ids")))]
     p.check("und/stop_ids", [c.bos, *stopped[:-1]])
+
+
+def text_prompt(p: Parity) -> list[int]:
+    """The prompt of und_text/ is not stored: it is that of und/ or that of gen/, whichever has the
+    right length and the nearer first logits."""
+    m, found = p.model, []
+    for name in ("und/prompt_ids", "gen/prompt_ids"):
+        ids = m.wrap(tokens(p, name))
+        if len(ids) == p.want["und_text/position_ids"][0]:
+            hidden, _ = m.lm.read(*m.pad([ids + [m.config.bos]]))
+            gap = (m.lm.lm_head(hidden[0, -1]) - p.get("und_text/logits")[0]).abs().max()
+            found.append((float(gap), ids))
+    return min(found)[1]
 
 
 def parity_drawing(p: Parity):

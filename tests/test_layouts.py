@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-import data as layouts
-from data import UserError, batches, open_data, read_data, read_image, sheet, square
+from data import (UserError, batches, label_report, open_data, read_data, read_image, sheet, square,
+                  vae_pixels, vit_pixels)
 
 HEART = "FINDINGS: Large heart. IMPRESSION: Cardiomegaly."
 
@@ -34,7 +34,7 @@ def plain(root, n=6):
     for k in range(n):
         film(root / f"{k}.png", k)
     table(root / "metadata.csv", ["image", "report", "split"],
-          *([f"{k}.png", f"FINDINGS: Film {k}.", "train"] for k in range(n)))
+          *([f"{k}.png", f"FINDINGS: Nodule of {k} mm.", "train"] for k in range(n)))
     return root
 
 
@@ -140,7 +140,7 @@ def test_square_keeps_the_aspect_ratio():
 
 def test_pixels_for_the_networks():
     images = torch.tensor([[[0, 255]]], dtype=torch.uint8)
-    vit, vae = layouts.vit_pixels(images), layouts.vae_pixels(images)
+    vit, vae = vit_pixels(images), vae_pixels(images)
     assert vit.shape == vae.shape == (1, 3, 1, 2) and vae[0, 2, 0].tolist() == [-1, 1]
     assert torch.allclose(vit[0, 1, 0], torch.tensor([-.555895, 1 - .555895]) / .336385)
 
@@ -155,7 +155,7 @@ def mimic(root):
         film(folder / f"s{study}" / f"{dicom}.jpg", 40 * k)
         text = root / "mimic-cxr-reports/files/p10" / f"p{subject}" / f"s{study}.txt"
         text.parent.mkdir(parents=True, exist_ok=True)
-        text.write_text(f"EXAM: CHEST\n FINDINGS:  Film {k}.\n\n IMPRESSION: ___ Fine.\n")
+        text.write_text(f"EXAM: CHEST\n FINDINGS:  Nodule of {k} mm.\n\n IMPRESSION: ___ Fine.\n")
         rows.append((dicom, study, subject, split))
         views.append((dicom, view, "x"))
     table(root / "mimic-cxr-2.0.0-split.csv.gz", ("dicom_id", "study_id", "subject_id", "split"),
@@ -171,7 +171,7 @@ def test_mimic(tmp_path):
     data = open_data(str(tmp_path), "val", 16)
     assert data.layout == "MIMIC-CXR-JPG" and len(data) == 1
     sample = data[0]
-    assert sample["report"] == sample["caption"] == "FINDINGS: Film 2. IMPRESSION: Fine."
+    assert sample["report"] == sample["caption"] == "FINDINGS: Nodule of 2 mm. IMPRESSION: Fine."
     assert abs(int(sample["image"][8, 8]) - 80) <= 1
     assert counts(data) == {"films not frontal (AP, PA), skipped": 2}
 
@@ -180,7 +180,8 @@ def test_mimic_reports_beside_the_films(tmp_path):
     (mimic(tmp_path) / "mimic-cxr-reports/files/p10").rename(tmp_path / "moved")
     for file in (tmp_path / "moved").rglob("*.txt"):
         file.rename(tmp_path / "files/p10" / file.relative_to(tmp_path / "moved"))
-    assert open_data(str(tmp_path), "train", 16)[0]["report"].startswith("FINDINGS: Film 0.")
+    report = open_data(str(tmp_path), "train", 16)[0]["report"]
+    assert report.startswith("FINDINGS: Nodule of 0 mm.")
 
 
 def test_mimic_without_reports_says_so(tmp_path):
@@ -193,7 +194,7 @@ def test_iu(tmp_path):
     table(tmp_path / "indiana_reports.csv",
           ("uid", "MeSH", "Problems", "image", "indication", "comparison", "findings",
            "impression"),
-          *((k, "", "", "", "", "", f"Film {k}.", "Fine." * (k % 2)) for k in range(30)),
+          *((k, "", "", "", "", "", f"Nodule of {k} mm.", "Fine." * (k % 2)) for k in range(30)),
           (3, "", "", "", "", "", "again", ""), (98, "", "", "", "", "", "", ""),
           (99, "", "", "", "", "", "no film", ""))
     table(tmp_path / "indiana_projections.csv", ("uid", "filename", "projection"),
@@ -201,8 +202,8 @@ def test_iu(tmp_path):
     splits = read_data(str(tmp_path), 16)
     items = {item.id: item for data in splits.values() for item in data.items}
     assert len(items) == 30 and all(splits.values())
-    assert items["3"].report == "FINDINGS: Film 3. IMPRESSION: Fine."
-    assert items["4"].report == "FINDINGS: Film 4."
+    assert items["3"].report == "FINDINGS: Nodule of 3 mm. IMPRESSION: Fine."
+    assert items["4"].report == "FINDINGS: Nodule of 4 mm."
     assert counts(splits["val"]) == {
         "films not frontal, skipped": 1, "films without a report, skipped": 1,
         "reports without a frontal film, or repeated, skipped": 2, "empty reports, skipped": 1}
@@ -211,7 +212,7 @@ def test_iu(tmp_path):
     for k in range(30):
         film(tmp_path / "images/images_normalized" / f"{k}.png", k)
     data = open_data(str(tmp_path), "train", 16)
-    assert data[0]["report"].startswith(f"FINDINGS: Film {data[0]['image'][8, 8]}.")
+    assert data[0]["report"].startswith(f"FINDINGS: Nodule of {data[0]['image'][8, 8]} mm.")
 
 
 def nih(root, folder="images", official=False):
@@ -234,7 +235,8 @@ def test_nih(tmp_path, folder):
     assert all(patients) and sum(map(len, patients)) == 20  # no patient in two splits
     data = open_data(str(tmp_path), "train", 16)
     reports = {data[i]["image"][8, 8] % 2: data[i]["report"] for i in range(len(data))}
-    assert "Edema, Mass" in reports[1] and "Edema" not in reports[0]
+    stated = [{c for c, v in label_report(reports[k]).items() if v == 1} for k in (0, 1)]
+    assert stated == [{"No Finding"}, {"Edema", "Lung Lesion"}]
     assert [data[i]["report"] for i in range(5)] == [data[i]["report"] for i in range(5)]
 
 
@@ -304,7 +306,8 @@ def test_cleaned_reports_override(tmp_path):
     (tmp_path / "cleaned.jsonl").write_text(
         '{"id": "2.png", "report": "FINDINGS: By hand."}\n{"id": "99.png", "report": "x"}\n')
     data = open_data(str(tmp_path), "train", 16)
-    assert [data[k]["report"] for k in (1, 2)] == ["FINDINGS: Film 1.", "FINDINGS: By hand."]
+    assert data[1]["report"] == "FINDINGS: Nodule of 1 mm."
+    assert data[2]["report"] == "FINDINGS: By hand."
     assert counts(data) == {"lines of cleaned.jsonl of unknown id, unused": 1}
     (tmp_path / "cleaned.jsonl").write_text('{"id": "2.png", "report": "ok"}\n{"id": "3.')
     with pytest.raises(UserError, match="cleaned.jsonl.*line 2"):
@@ -313,7 +316,8 @@ def test_cleaned_reports_override(tmp_path):
 
 def test_uncleaned_reports_are_counted(tmp_path):
     plain(tmp_path, 3)
-    text = (tmp_path / "metadata.csv").read_text().replace("Film 1", "WEIRD")
+    text = (tmp_path / "metadata.csv").read_text().replace(
+        "Nodule of 1 mm", "Dr. ___ was notified of the pneumothorax by telephone")
     (tmp_path / "metadata.csv").write_text(text)
     data = open_data(str(tmp_path), "train", 16)
     for i in (0, 1, 2, 1):
@@ -322,9 +326,9 @@ def test_uncleaned_reports_are_counted(tmp_path):
 
 
 def test_phantom():
-    train, test = (open_data("phantom", split, 32) for split in ("train", "test"))
+    train, test = (open_data("phantom", split, 64) for split in ("train", "test"))
     assert train.layout == "phantom" and len(test) == 512
-    assert train[5]["image"].shape == (32, 32) and train[5]["report"].startswith("FINDINGS")
+    assert train[5]["image"].shape == (64, 64) and train[5]["report"].startswith("FINDINGS")
     assert (train[5]["image"] == train[5]["image"]).all()
     assert (train[5]["image"] != test[5]["image"]).any()
     with pytest.raises(IndexError):
@@ -344,10 +348,10 @@ def test_missing_column_is_named(tmp_path):
 def test_windows_text_is_read(tmp_path):
     film(tmp_path / "sub/a.png")
     (tmp_path / "metadata.csv").write_bytes(
-        b"\xef\xbb\xbfimage,report,split\r\nsub\\a.png,FINDINGS: \x00Caf\xe9.\r\n\r\n"
-        b"cut.png\r\n".replace(b"Caf\xe9.", b"Caf\xe9.,train"))
+        b"\xef\xbb\xbfimage,report,split\r\nsub\\a.png,FINDINGS: \x00Cl\xe9ar.\r\n\r\n"
+        b"cut.png\r\n".replace(b"Cl\xe9ar.", b"Cl\xe9ar.,train"))
     data = open_data(str(tmp_path), "train", 16)
-    assert data[0]["report"] == "FINDINGS: Caf\ufffd."
+    assert data[0]["report"] == "FINDINGS: Cl\ufffdar."
     assert counts(data) == {"rows of metadata.csv cut short, skipped": 1}
 
 
@@ -377,7 +381,7 @@ def test_rows_left_out_are_counted_by_reason(tmp_path):
         "1 of 7 empty reports, skipped: first 2b.png train",
         "1 of 7 rows without an image, skipped: first  train",
         "1 of 7 rows of an unknown split, skipped: first 1c.png holdout"]
-    assert data[0]["report"] == "FINDINGS: Film 0."
+    assert data[0]["report"] == "FINDINGS: Nodule of 0 mm."
 
 
 def test_unknown_folders_list_the_layouts(tmp_path):
@@ -391,10 +395,10 @@ def test_unknown_folders_list_the_layouts(tmp_path):
 
 def test_hostile_json(tmp_path):
     film(tmp_path / "a.png")
-    good = '{"image": "a.png", "report": "FINDINGS: \\ud800.", "split": "train"}\n'
+    good = '{"image": "a.png", "report": "FINDINGS: Cl\\ud800ar lungs.", "split": "train"}\n'
     long = json.dumps({"image": "x/" * 5000, "report": "y", "split": "val"})
     (tmp_path / "metadata.jsonl").write_text(good + long)
-    assert open_data(str(tmp_path), "train", 16)[0]["report"] == "FINDINGS: ?."
+    assert open_data(str(tmp_path), "train", 16)[0]["report"] == "FINDINGS: Cl?ar lungs."
     with pytest.raises(UserError, match="1 of 1 images of the val split are missing"):
         open_data(str(tmp_path), "val", 16)
     for bad in ("[" * 99_999, "[1, 2]", "7", "{", '"image"'):
@@ -438,7 +442,7 @@ def test_broken_image_is_replaced_by_the_next(tmp_path, capsys):
     (root / "39.png").write_text("broken")
     data = open_data(str(root), "train", 16)
     assert [(data[39]["index"], data[39]["report"]) for _ in range(2)] == [
-        (0, "FINDINGS: Film 0.")] * 2
+        (0, "FINDINGS: Nodule of 0 mm.")] * 2
     assert counts(data) == {"images unreadable, skipped": 1}
     assert capsys.readouterr().err.count("39.png") == 1
 
@@ -477,7 +481,7 @@ def same(one, other):
 @pytest.fixture(params=["phantom", "folder"])
 def data(request, tmp_path):
     if request.param == "phantom":
-        return open_data("phantom", "train", 16)
+        return open_data("phantom", "train", 64)
     root = plain(tmp_path, 30)
     (root / "11.png").write_text("broken")
     return open_data(str(root), "train", 16)
@@ -520,7 +524,7 @@ def test_fingerprint_tells_data_apart(tmp_path):
     root = plain(tmp_path, 6)
     names = {open_data(str(root), "train", size).fingerprint() for size in (16, 16, 32)}
     assert len(names) == 2
-    (root / "metadata.csv").write_text((root / "metadata.csv").read_text().replace("Film 3", "x"))
+    (root / "metadata.csv").write_text((root / "metadata.csv").read_text().replace("of 3 mm", "x"))
     assert open_data(str(root), "train", 16).fingerprint() not in names
     assert open_data("phantom", "val", 16).fingerprint() != open_data(
         "phantom", "test", 16).fingerprint()
@@ -528,8 +532,9 @@ def test_fingerprint_tells_data_apart(tmp_path):
 
 # ---- the first look ----------------------------------------------------------------------------
 def look(*args):
-    done = subprocess.run([sys.executable, layouts.__file__, *map(str, args)], text=True,
-                          capture_output=True, cwd=Path(layouts.__file__).parent)
+    program = Path(__file__).parents[1] / "data.py"
+    done = subprocess.run([sys.executable, program, *map(str, args)], text=True,
+                          capture_output=True)
     assert "Traceback" not in done.stderr
     return done
 
@@ -542,7 +547,7 @@ def test_first_look(tmp_path):
     assert Image.open(tmp_path / "sheet.png").width == 4 * 264 + 8
     prompts = [json.loads(line) for line in (tmp_path / "p.jsonl").read_text().splitlines()]
     assert [p["id"] for p in prompts] == [f"{k}.png" for k in range(6)]
-    assert prompts[3]["clean"].endswith("FINDINGS: Film 3.")
+    assert prompts[3]["clean"].endswith("FINDINGS: Nodule of 3 mm.")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "p.jsonl", "sheet.png"]
 
 

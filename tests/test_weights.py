@@ -67,7 +67,11 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     broken({"a": {**ENTRY, "data_offsets": [8, 0]}}, b"12345678"),
     broken({"a": {**ENTRY, "dtype": "F31"}}, b"12345678"),
     broken({"a": {"dtype": "F32", "shape": [2]}}, b"12345678"), broken({"a": 3}, b"12345678"),
-    broken({"a": {**ENTRY, "data_offsets": "07"}}, b"12345678")])
+    broken({"a": {**ENTRY, "data_offsets": "07"}}, b"12345678"),
+    broken({"a": ENTRY, "b": {**ENTRY, "data_offsets": [4, 12]}}, b"123456789012"),     # overlap
+    broken({"a": ENTRY, "b": ENTRY}, b"12345678"),
+    broken({"a": {**ENTRY, "data_offsets": [0, 2**70]}}, b"12345678"),
+    broken({"a": {**ENTRY, "shape": [0, 2**70], "data_offsets": [0, 0]}}, b"12345678")])
 def test_a_cut_or_lying_file_is_one_clear_error(tmp_path, content):
     (tmp_path / "a.safetensors").write_bytes(content)
     with pytest.raises(UserError, match="a.safetensors"):
