@@ -9,6 +9,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -23,15 +24,10 @@ from joint_attn import Tower, attend
 
 # --- tokenizer: text -> words ---------------------------------------------------------------------
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-SETS = {"s": ("Z", "Ccs"), "d": ("Nd",), "w": ("L", "M", "Nd", "Nl", "Pc")}  # categories
-PROPERTY = re.compile(r"\\([pP])\{(\^?)(\w+)\}|\\([sSdDwW])|\\.", re.S)
-# a class, an interval and what follows it, a property or another escape, "(" or "(?", a character
-TOKEN = re.compile(r"\[\^?\]?(?:\\.|[^][\\])*\]|(\{(?:\d+,?\d*|,\d+)\})([+?]?)"
-                   r"|\\[pP]\{\^?\w+\}|\\.|\(\??|.", re.S)
-UNLIKE_PYTHON = re.compile(r"\(\?[a-z]*[msx-]|\\[bBZ]|&&")
-# Which neighbours (before, after: is it a match?) a Split puts together again
-GLUED = {"Isolated": [], "Removed": [], "Contiguous": [(True, True), (False, False)],
-         "MergedWithPrevious": [(False, True)], "MergedWithNext": [(True, False)]}
+WORD = ("L", "M", "Nd", "Nl", "Pc")  # the Unicode categories that \w stands for
+# The parts of a regex: a property like \p{Lu} or \P{^N}, another escape, "[", "[^", "&&", any other
+PARTS = re.compile(r"\\([pP])\{(\^?)(\w+)\}|\\.|\[\^?|&&|.", re.S)
+BEHAVIORS = ("Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous")
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 HIDDEN = [b for b in range(256) if b not in PRINTABLE]
 BYTE_TO_CHAR = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + n) for n, b in enumerate(HIDDEN)}
@@ -39,100 +35,84 @@ CHAR_TO_BYTE = {c: b for b, c in BYTE_TO_CHAR.items()}
 
 
 @lru_cache(None)
-def _code_points(size):
-    """{general category: its code points below `size`, as the inside of a [class]}."""
-    categories = list(map(unicodedata.category, map(chr, range(size))))
-    for point in (*range(9, 14), 0x85):  # the controls in \s; `re` also takes \x1c-\x1f for spaces
-        categories[point] = "Ccs"
-    ranges, start = defaultdict(str), 0
-    for category, run in groupby(categories):
-        end = start + len(list(run))
+def _categories(size: int) -> dict[str, str]:
+    """{category: its characters below `size`, as the inside of a [class]}; slow, so kept."""
+    ranges, end = defaultdict(str), 0
+    for category, run in groupby(map(unicodedata.category, map(chr, range(size)))):
+        start, end = end, end + len(list(run))
         ranges[category] += f"\\U{start:08x}-\\U{end - 1:08x}"
-        start = end
     return ranges
 
 
-@lru_cache(256)
-def _compile(pattern, size):
+@lru_cache(None)
+def _compile(pattern: str, size: int = 0x10000) -> re.Pattern:
     """A regex of tokenizer.json (Oniguruma's dialect) as Python's, all of it in one group.
 
-    Properties lose the code points from `size` on: `re` looks a set up fast below 0x10000 only, so
-    ASCII texts get a regex of their own. Raises ValueError or re.error on what `re` cannot say.
+    Python lacks properties and classes in classes, and x{1,3}+ means (x{1,3})+ there. Its sets are
+    fast below 0x10000 only, so the properties end at `size`: ASCII texts need no more. Raises
+    ValueError or re.error on what is not supported.
     """
-    def ranges(m):
-        p, caret, name, short = m.groups()
-        if not (name or short):
-            return m[0]
-        chosen = SETS[short.lower()] if short else (name,)
-        negate = short.isupper() if short else (p == "P") != bool(caret)
-        points = _code_points(size)
-        if not any(c.startswith(chosen) for c in points):
-            raise ValueError(f"unknown property {m[0]}")
-        return "".join(points[c] for c in points if c.startswith(chosen) != negate)
-
-    if UNLIKE_PYTHON.search(pattern):
-        raise ValueError(f"it means something else in Python: {pattern}")
-    out = []
-    for m in TOKEN.finditer(pattern):
-        text = PROPERTY.sub(ranges, m[0])
-        if text == "[":  # not a whole class, so there is another one inside
-            raise ValueError(f"a class in a class: {pattern}")
-        if text != m[0] and m[0][0] == "\\":
-            text = f"[{text}²³¹¼½¾]" if m[0] == r"\w" else f"[{text}]"  # in [\w] they are not
-        elif m[2] == "+" or m[2] and "," not in m[1]:  # x{1,3}+ is (?:x{1,3})+ there
-            text = f"(?:{out.pop()}{m[1]}){m[2]}"
-        out.append("(?:" if text == "(" else text)
+    out, depth = [], 0  # depth: how many classes are open
+    for m in PARTS.finditer(re.sub(r"\{1,\d*\}\+", "+", pattern)):
+        part, (p, caret, name) = m[0], m.groups()
+        if depth and part in ("[^", "&&"):
+            raise ValueError(f"{part} in a class in a regex")
+        if name or part in (r"\w", r"\W"):
+            names, negate = name or WORD, (p == "P") != bool(caret) or part == r"\W"
+            ranges = [r for c, r in _categories(size).items() if c.startswith(names) != negate]
+            if not ranges:
+                raise ValueError(f"the property {part} in a regex")
+            part = "".join(ranges) if depth else f"[{''.join(ranges)}]"
+        elif part in ("[", "[^") or part == "]" and depth:
+            outside, depth = depth, depth + (-1 if part == "]" else 1)
+            part = part if 0 in (outside, depth) else ""  # so [a[bc]] becomes [abc]
+        out.append(part)
     return re.compile(f"({''.join(out)})", re.M)  # ^ and $ are those of lines
 
 
-def _split(pattern, behavior, invert, text):
-    """Cut `text` at the matches of `pattern`; `behavior` (GLUED) says where the matches go."""
-    parts = _compile(pattern, 0x10000 if text.isascii() else 0x110000).split(text)
-    if behavior == "Isolated":
-        return [p for p in parts if p]
-    words, before = [], None
-    for n, part in enumerate(parts):  # no match, match, no match, ...
-        match = n % 2 != invert
-        if not part and not n % 2:
-            continue
-        if (before, match) in GLUED[behavior]:
-            words[-1].append(part)
-        elif behavior != "Removed" or not match:
-            words.append([part])
-        before = match
-    return [w for w in map("".join, words) if w]
-
-
-def _add_space(text):
-    return [text if text.startswith(" ") else " " + text]
-
-
-def _byte_chars(text):  # every byte as one printable character: " é" -> ["ĠÃ©"]
-    return [text.encode("utf-8", "replace").decode("latin-1").translate(BYTE_TO_CHAR)]
-
-
-def _steps(spec):
-    """A pre-tokenizer of tokenizer.json as functions text -> pieces, a normalizer text -> text."""
-    if spec is None:
-        return []
-    kind = spec["type"]
-    if kind == "Sequence":
-        parts = spec["pretokenizers"] if "pretokenizers" in spec else spec["normalizers"]
-        return [step for part in parts for step in _steps(part)]
-    if kind in ("NFC", "NFD", "NFKC", "NFKD"):
-        return [partial(unicodedata.normalize, kind)]
-    if kind == "ByteLevel":
-        words = [partial(_split, GPT2_WORDS, "Isolated", False)] * spec.get("use_regex", True)
-        return [_add_space] * spec["add_prefix_space"] + words + [_byte_chars]
-    if kind == "Digits":
-        pattern, behavior = r"\p{N}", "Isolated" if spec["individual_digits"] else "Contiguous"
-    elif kind == "Split" and spec["behavior"] in GLUED:
-        (form, pattern), = spec["pattern"].items()
-        pattern, behavior = re.escape(pattern) if form == "String" else pattern, spec["behavior"]
+def _split(pattern: str, behavior: str, invert: bool, text: str) -> list[str]:
+    """Cut `text` at the matches of a regex (or, `invert`: at the rest) as `behavior` says."""
+    regex = _compile(pattern, 0x10000 if text.isascii() else 0x110000)
+    parts, period = regex.split(text), 1 + regex.groups  # no match, a match and its groups, ...
+    others, matches = parts[::period], [*parts[1::period], ""]
+    if behavior == "Removed":
+        words = matches if invert else others
+    elif behavior == "Isolated":
+        words = [word for pair in zip(others, matches) for word in pair]
+    elif (behavior == "MergedWithPrevious") != invert:
+        words = map("".join, zip(others, matches))
     else:
-        raise UserError(f"tokenizer.json: the normalizer or pre-tokenizer {kind} is not supported")
-    _compile(pattern, 0x10000)  # tells now what is not supported, not at the first text
-    return [partial(_split, pattern, behavior, spec.get("invert", False))]
+        words = map("".join, zip(["", *matches], others))
+    return [word for word in words if word]
+
+
+def _byte_level(add_space: bool, use_regex: bool, text: str) -> list[str]:
+    """Cut `text` into words and show every byte as one printable character: " é" -> ["ĠÃ©"]."""
+    if add_space and text[:1] not in ("", " "):
+        text = " " + text
+    words = _split(GPT2_WORDS, "Isolated", False, text) if use_regex else [text]
+    return [w.encode("utf-8", "replace").decode("latin-1").translate(BYTE_TO_CHAR) for w in words]
+
+
+def _steps(spec: dict) -> list[Callable[[str], list[str]]]:
+    """A pre-tokenizer of tokenizer.json as functions from a text to its pieces, one by one."""
+    kind, behavior, invert = spec["type"], "Isolated", False
+    if kind == "Sequence":
+        return [step for part in spec["pretokenizers"] for step in _steps(part)]
+    if kind == "ByteLevel":
+        return [partial(_byte_level, spec["add_prefix_space"], spec.get("use_regex", True))]
+    if kind == "Digits":
+        pattern = r"\p{N}" if spec["individual_digits"] else r"\p{N}+"
+    elif kind == "Split" and spec["behavior"] in BEHAVIORS:
+        (form, pattern), = spec["pattern"].items()
+        pattern = re.escape(pattern) if form == "String" else pattern
+        behavior, invert = spec["behavior"], spec["invert"]
+        if behavior == "Contiguous":  # matches in a row are one
+            pattern, behavior = f"(?:{pattern})+", "Isolated"
+    else:
+        raise UserError(f"tokenizer.json: the pre-tokenizer {kind} is not supported")
+    _compile(pattern)  # tells now what is not supported, not at the first text
+    return [partial(_split, pattern, behavior, invert)]
 
 
 # --- tokenizer: words -> ids ----------------------------------------------------------------------
@@ -140,198 +120,144 @@ class Tokenizer:
     """Byte-level BPE; ids and texts are those of Hugging Face's `tokenizers` on the same file.
 
     Text is cut into words, a word's UTF-8 bytes become 256 printable characters (" " is "Ġ"), and
-    the neighbours whose merge was learned first are put together, again and again. For example
-
-    >>> tok = Tokenizer.train(["ab abc ab"], vocab_size=1 + 256 + 3, special=["<end>"])
-    >>> tok.spec["model"]["merges"]  # (a b) 3 times, then (Ġ ab) twice, then (Ġab c) once
-    ['a b', 'Ġ ab', 'Ġab c']
-    >>> [tok.decode([i]) for i in tok.encode("abc ab<end>")]
-    ['ab', 'c', ' ab', '<end>']
+    the neighbours whose merge was learned first are put together, again and again: with the merges
+    (a b) and (Ġ ab), "abc ab" is the words abc and Ġab, and the tokens ab, c, Ġab.
     """
 
-    def __init__(self, spec):
-        """`spec` is a parsed tokenizer.json; `vocab` {token: id} has the added tokens too."""
-        model, self.spec = spec["model"], spec
-        odd = [option for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
-               if model.get(option)]
-        if model.get("type", "BPE") != "BPE" or odd:
-            raise UserError("tokenizer.json: only plain BPE is supported, not "
-                            + " ".join([str(model.get("type")), *odd]))
+    def __init__(self, spec: dict):
+        """`spec`: a parsed tokenizer.json; `load` tells what its errors mean."""
+        self.spec, model = spec, spec["model"]
+        kinds = re.findall(r'"type": "(\w+)"', json.dumps(spec.get("normalizer")))
+        odd = {model.get("type", "BPE"), *kinds} - {"BPE", "NFC", "Sequence"}
+        odd |= {n for n in ("continuing_subword_prefix", "end_of_word_suffix") if model.get(n)}
+        self.nfc, self.steps = "NFC" in kinds, _steps(spec["pre_tokenizer"] or {"type": None})
+        if odd or _byte_level not in [step.func for step in self.steps]:
+            raise UserError(f"tokenizer.json: {', '.join(odd) or 'no ByteLevel'}: not supported")
+        self.cache = {}  # (steps done, piece) -> ids
         self.pieces, self.merges = model["vocab"], {}  # merges: (id, id) -> (rank, id of the two)
         for rank, pair in enumerate(model["merges"]):
-            left, right = pair.split(" ") if isinstance(pair, str) else pair
-            both = self.pieces[left + right]
-            self.merges[self.pieces[left], self.pieces[right]] = rank, both
-        self.normalizer, self.steps = _steps(spec.get("normalizer")), _steps(spec["pre_tokenizer"])
-        if _byte_chars not in self.steps:
-            raise UserError("tokenizer.json: not supported without a ByteLevel pre-tokenizer")
-        self.cache = [{} for _ in range(len(self.steps) + 1)]  # after each step: {piece: ids}
+            a, b = pair.split(" ") if isinstance(pair, str) else pair
+            self.merges[self.pieces[a], self.pieces[b]] = rank, self.pieces[a + b]
 
-        self.added = {t["content"]: t for t in spec.get("added_tokens", ()) if t["content"]}
+        self.added = {token["content"]: token for token in spec.get("added_tokens") or ()}
+        self.finder = re.compile("|".join(
+            rf"(?<!\w){re.escape(t)}(?!\w)" if self.added[t]["single_word"] else re.escape(t)
+            for t in sorted(self.added, key=len, reverse=True)) or "(?!)")  # the longest one wins
+        # All tokens, the added ones too, and what an id decodes to
         self.vocab = {content: t["id"] for content, t in self.added.items()} | self.pieces
-        self.finders = []  # added tokens are looked for in the raw text, then in the normalized
-        for normalized in (False, True):
-            tokens = [c for c, t in self.added.items() if t["normalized"] == normalized]
-            longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
-            self.finders.append(re.compile("|".join(longest_first) or "(?!)"))
-        self.bytes = {}  # id -> what it decodes to
+        self.bytes = {}
         for token, i in self.vocab.items():
             known = all(c in CHAR_TO_BYTE for c in token)
             self.bytes[i] = bytes(CHAR_TO_BYTE[c] for c in token) if known else token.encode()
 
     @classmethod
-    def load(cls, path):
+    def load(cls, path: Path) -> "Tokenizer":
         """Read a tokenizer.json. Raises UserError if it is missing, broken or not supported."""
         try:
             return cls(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, LookupError, TypeError, AttributeError, ValueError, re.error) as e:
             raise UserError(f"cannot use the tokenizer {path}: {type(e).__name__} {e}") from e
 
-    def save(self, path):
+    def save(self, path: Path):
         """Write a tokenizer.json that Hugging Face's `tokenizers` opens too."""
         Path(path).write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
 
     def __len__(self):
         return len(self.vocab)
 
-    def token_to_id(self, token):
-        """The id of a token, e.g. "<image>"; raises UserError if the vocabulary lacks it."""
+    def token_to_id(self, token: str) -> int:
+        """The id of a token, e.g. "<image>". Raises UserError if the vocabulary lacks it."""
         if token not in self.vocab:
             raise UserError(f"the tokenizer has no token {token}")
         return self.vocab[token]
 
-    def encode(self, text):
-        """str -> list of ids. Adds no begin or end token: the file's post-processor is not run."""
-        ids = []
-        for part in self._find_added(text, self.finders[0]):
-            if isinstance(part, int):
-                ids.append(part)
-                continue
-            for step in self.normalizer:
-                part = step(part)
-            for p in self._find_added(part, self.finders[1]):
-                ids += [p] if isinstance(p, int) else self._ids(p, 0)
-        return ids
+    def encode(self, text: str) -> list[int]:
+        """Text -> ids. Adds no begin or end token: the file's post-processor is not run."""
+        text = unicodedata.normalize("NFC", text) if self.nfc else text
+        ids, end = [], 0
+        for m in self.finder.finditer(text):
+            token, before = self.added[m[0]], text[end:m.start()]
+            ids += self._ids(before.rstrip() if token["lstrip"] else before) + [token["id"]]
+            end = re.compile(r"\s*").match(text, m.end()).end() if token["rstrip"] else m.end()
+        return ids + self._ids(text[end:])
 
-    def decode(self, ids):
-        """Ids -> str, special tokens too. Unknown ids are skipped; bad UTF-8 becomes U+FFFD."""
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids -> text, special tokens too. Skips unknown ids; bad UTF-8 becomes U+FFFD."""
         return b"".join(self.bytes.get(int(i), b"") for i in ids).decode("utf-8", "replace")
 
-    def _find_added(self, text, finder):
-        """The text as a list of the added tokens' ids (int) and what is between them (str)."""
-        out, end = [], 0
-        space = _compile(r"\s", 0x10000).match
-        for m in finder.finditer(text):
-            token, (start, stop) = self.added[m[0]], m.span()
-            if token["single_word"]:  # its neighbours must not be \w
-                word = _compile("[\\w\u200c\u200d]", 0x110000).match
-                if start and word(text, start - 1) or word(text, stop):
-                    continue
-            if token["lstrip"]:
-                start = max(start, end)  # the token before may have taken this one's spaces
-                while start > end and space(text, start - 1):
-                    start -= 1
-            while token["rstrip"] and space(text, stop):
-                stop += 1
-            out += [text[end:start]] + [self.vocab[m[0]]] * (start < stop)
-            end = stop
-        return [part for part in [*out, text[end:]] if part != ""]
-
-    def _ids(self, piece, step):
-        """Ids of a piece that has been through the first `step` steps; short pieces are cached."""
-        cache = self.cache[step]
-        if piece in cache:
-            return cache[piece]
-        if step == len(self.steps):
-            ids = self._merge(piece)
-        else:
-            ids = [i for p in self.steps[step](piece) for i in self._ids(p, step + 1)]
-        if len(cache) >= 50_000:
-            cache.clear()
-        if len(piece) <= 48:
-            cache[piece] = ids
+    def _ids(self, piece: str, done: int = 0) -> list[int]:
+        """Ids of a piece that has been through `done` steps; those of short ones are remembered."""
+        if (done, piece) in self.cache:
+            return self.cache[done, piece]
+        ids = self._merge(piece) if done == len(self.steps) else [
+            i for part in self.steps[done](piece) for i in self._ids(part, done + 1)]
+        if len(piece) <= 48 and len(self.cache) < 200_000:
+            self.cache[done, piece] = ids
         return ids
 
-    def _merge(self, word):
-        """Ids of a word (byte characters): a heap of the possible merges, O(n log n)."""
+    def _merge(self, word: str) -> list[int]:
+        """Ids of a word of byte characters, by a heap of the possible merges: O(n log n)."""
         if self.spec["model"].get("ignore_merges") and word in self.pieces:
             return [self.pieces[word]]
         ids = [self.pieces[c] for c in word if c in self.pieces]
-        n = len(ids)
-        ids.append(None)  # ids[n] and ids[-1]: both ends' neighbour, which merges with nothing
+        n, heap = len(ids), []
+        ids.append(None)  # ids[n] and ids[-1]: the neighbour of both ends, it merges with nothing
         before, after = [*range(-1, n)], [*range(1, n + 1), n]
 
-        def find(i):  # rank and id of the merge of symbol i with the next one
-            return self.merges.get((ids[i], ids[after[i]]), (None, None))
+        def offer(i):  # symbol i and the next one
+            merge = self.merges.get((ids[i], ids[after[i]]))
+            if merge:
+                heapq.heappush(heap, (merge[0], i))
 
-        heap = [rank * n + i for i in range(n) if (rank := find(i)[0]) is not None]
-        heapq.heapify(heap)  # the oldest merge first, of these the leftmost
-        while heap:
-            rank, i = divmod(heapq.heappop(heap), n)
-            current, both = find(i)
-            if current != rank:  # one of the two has been merged meanwhile
-                continue
+        for i in range(n):
+            offer(i)
+        while heap:  # the oldest merge first, of these the leftmost
+            rank, i = heapq.heappop(heap)
             gone = after[i]
-            ids[i], ids[gone], after[i] = both, None, after[gone]
-            before[after[i]] = i
-            for k in (before[i], i):
-                rank, _ = find(k)
-                if rank is not None:
-                    heapq.heappush(heap, rank * n + k)
+            current, both = self.merges.get((ids[i], ids[gone]), (None, None))
+            if current == rank:  # else one of the two has been merged meanwhile
+                ids[i], ids[gone], after[i] = both, None, after[gone]
+                before[after[i]] = i
+                offer(before[i])
+                offer(i)
         return [i for i in ids if i is not None]
 
     @classmethod
-    def train(cls, texts, vocab_size, special=()):
+    def train(cls, texts: Iterable[str], vocab_size: int,
+              special: Iterable[str] = ()) -> "Tokenizer":
         """Learn a tokenizer with GPT-2's words: ids are `special` tokens, 256 bytes, merges.
 
         The most frequent pair is merged first, of equal ones that with the smallest ids. Stops
         early when no pair is left. Raises UserError if `vocab_size` has no room for the bytes.
         """
-        special = list(dict.fromkeys(special))
-        tokens = special + [c for c in sorted(CHAR_TO_BYTE) if c not in special]
-        vocab, merges = {t: i for i, t in enumerate(tokens)}, []
+        special = dict.fromkeys(special)  # each once
+        vocab = {token: i for i, token in enumerate(special | dict.fromkeys(sorted(CHAR_TO_BYTE)))}
         if vocab_size < len(vocab):
             raise UserError(f"vocab_size must be at least {len(vocab)}: special tokens and bytes")
-        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                 "use_regex": True}
-        split, to_bytes = _steps(level)
-        counts = Counter(word for text in texts for word in split(text))
-        words = [([vocab[c] for c in to_bytes(w)[0]], count) for w, count in counts.items()]
+        counts = Counter(word for text in texts for word in _byte_level(False, True, text))
+        # A word is a string too while it is merged: its characters stand for ids
+        words = [["".join(chr(vocab[c]) for c in word), count] for word, count in counts.items()]
         pairs, where = Counter(), defaultdict(set)  # how often, and in which words, a pair is
-        heap, changed = [], set()
 
         def tally(n, sign):
             word, count = words[n]
             for pair in zip(word, word[1:]):
                 pairs[pair] += sign * count
                 where[pair].add(n)
-                changed.add(pair)
 
         for n in range(len(words)):
             tally(n, 1)
-        while len(vocab) < vocab_size:
-            for pair in changed:
-                heapq.heappush(heap, (-pairs[pair], pair))
-            changed.clear()
-            while heap and -heap[0][0] != pairs[heap[0][1]]:  # outdated: the new count is in too
-                heapq.heappop(heap)
-            if not heap or not heap[0][0]:
-                break
-            _, pair = heapq.heappop(heap)
-            left, right = (tokens[i] for i in pair)
-            new = vocab.setdefault(left + right, len(vocab))
-            tokens[new:new + 1] = [left + right]
+        merges = []
+        while len(vocab) < vocab_size and (most := max(pairs.values(), default=0)):
+            pair = min(pair for pair, count in pairs.items() if count == most)
+            left, right = (list(vocab)[ord(c)] for c in pair)
             merges.append(f"{left} {right}")
+            new = vocab.setdefault(left + right, len(vocab))
             for n in where.pop(pair):
                 tally(n, -1)
-                word = []
-                for symbol in words[n][0]:
-                    if word and (word[-1], symbol) == pair:
-                        word[-1] = new
-                    else:
-                        word.append(symbol)
-                words[n] = word, words[n][1]
+                words[n][0] = words[n][0].replace("".join(pair), chr(new))
                 tally(n, 1)
+        level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         added = [{"id": vocab[t], "content": t, **flags, "special": True} for t in special]
         return cls({"version": "1.0", "added_tokens": added, "pre_tokenizer": level,

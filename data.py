@@ -787,7 +787,7 @@ def draw(scene, findings, size):
     """The film, uint8 (size, size), of a scene with findings; alike at every size from 64 px."""
     chest = Chest(scene, size)
     chest.thorax(findings)
-    for f in sorted(findings, key=lambda f: CLASSES.index(f.name)):
+    for f in sorted(findings, key=rank):
         if f.name not in ("Enlarged Cardiomediastinum", "Cardiomegaly"):  # those are in borders()
             paint = getattr(chest, f.name.lower().replace(" ", "_"))
             paint(f, 1 if f.side == "left" else -1, scene["jitter"][CLASSES.index(f.name)])
@@ -796,6 +796,11 @@ def draw(scene, findings, size):
     image = (image * (1.15 * scene["gain"])).clip(0, 1)
     image += scene["gamma"] * image * (1 - image)
     return (image * 255).astype(np.uint8)
+
+
+def rank(finding):
+    """Its place in CLASSES; behind all of them for what is none of the 14."""
+    return CLASSES.index(finding.name) if finding.name in CLASSES else len(CLASSES)
 
 
 def phantom_scene(split, index):
@@ -903,13 +908,14 @@ def sentence(f, phrase, frame):
 def write_report(findings, rng):
     """"FINDINGS: ... IMPRESSION: ...": all the findings, and denials of some that are not there.
 
-    rng: a numpy Generator. About 25 to 55 words.
+    What is there comes first, in the order of CLASSES: a reader that writes the likeliest next
+    word would else always begin with a denial. rng: a numpy Generator. About 25 to 55 words.
     """
     def pick(options):
         return options[rng.integers(len(options))]
 
     lines, summary, known = [], [], {f.name for f in findings}
-    for f in findings:
+    for f in sorted(findings, key=rank):
         plain = len(findings) > 2 or not (f.side or f.severity or f.place)
         lines.append(sentence(f, pick(SAY[f.name][:1] if plain else SAY[f.name]), pick(FRAMES)))
         summary.append(sentence(f, SAY[f.name][0], "{it}."))
@@ -920,7 +926,6 @@ def write_report(findings, rng):
         if known.isdisjoint(denied.split(", ")) and len(" ".join(lines).split()) < enough:
             lines.append(text)
             known.update(denied.split(", "))
-    rng.shuffle(lines)
     return f"FINDINGS: {' '.join(lines)} IMPRESSION: {summary}"
 
 

@@ -52,7 +52,7 @@ STAGES = {
         1: Stage("understanding", 96, 2e-3, 50, 2_500, batch=16, decay=0.4, muon=0.02),
         2: Stage("generation", 64, 2e-3, 50, 3_600, batch=16, repa=0.5, ema=0.998, decay=0.3,
                  muon=0.02, films=16_384),
-        3: Stage("generation", 128, 1e-3, 0, 800, batch=8, ema=0.99, decay=0.5, muon=0.01,
+        3: Stage("generation", 128, 1e-3, 0, 1_200, batch=8, ema=0.99, decay=0.5, muon=0.01,
                  films=4_096),
     },
 }
