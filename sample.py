@@ -28,6 +28,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"sample.py: {message}; see --help\n")
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action) -> str:      # no "(default: None)"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def number(kind: type, rule: str, holds):
     """For argparse: reads an int or a float for which holds(it) is true, as `rule` says."""
     def read(text: str):
@@ -56,7 +61,7 @@ def parse(argv=None) -> argparse.Namespace:
 
     def command(name: str, text: str):
         p = commands.add_parser(name, help=text, description=text,
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                formatter_class=Help)
         p.add_argument("--weights", help="weights folder (default: the newest under runs/)")
         p.add_argument("--device", help="cpu, cuda or mps (default: the best found)")
         p.add_argument("--seed", type=SEED, default=0, help="seed of noise and sampling")

@@ -271,7 +271,7 @@ class Trainer:
     def __init__(self, options: Options, stage: Stage, model, data, procs: Processes, out: Path):
         self.options, self.stage, self.model, self.out = options, stage, model, out
         self.data, self.procs, self.device = data, procs, procs.device
-        self.step, self.stop = 0, False
+        self.step, self.stop = 0, torch.zeros((), device=self.device)
         self.file = out / f"stage{options.stage}.pt"
         self.settings = {k: v for k, v in asdict(options).items() if k in (
             "data", "preset", "accumulate", "train", "mix", "share_layers", "no_context", "seed")}
@@ -537,19 +537,16 @@ class Trainer:
         both = [start(data, (self.step + odd) // 2) for data, odd in zip(self.data, (1, 0))]
         return (next(both[k % 2]) for k in itertools.count(self.step))
 
-    def told_to_stop(self) -> bool:
-        return bool(self.procs.total(torch.tensor(int(self.stop), device=self.device)))
-
     def fit(self):
         """Trains to the end, or until Ctrl-C, which saves."""
         for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, lambda *_: setattr(self, "stop", True))
+            signal.signal(s, lambda *_: self.stop.fill_(1))
         o, s = self.options, self.stage
         stream = self.stream()
         bar = tqdm(total=s.steps, initial=self.step, desc=f"stage {o.stage}", unit="step",
                    disable=self.procs.rank > 0)
         log = Log(self.out / "log.jsonl", o.stage, self.step) if not self.procs.rank else None
-        while self.step < s.steps and not self.told_to_stop():
+        while self.step < s.steps and not self.procs.total(self.stop):
             logged = self.one_step(next(stream))
             bar.update()
             bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in logged.items()))
