@@ -728,11 +728,20 @@ def command_tail(options: Options) -> str:
     return "".join(f" --{k} {v}" for k, v in said.items() if v != getattr(Options(), k))
 
 
+def make_folder(out: Path):
+    """Makes the folder of a run, once all that the run needs has been found."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"cannot make {out} ({e.strerror}); choose another --out") from None
+
+
 def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Trainer:
     """Data and model of a stage. Raises UserError where something it needs is not there."""
     o, k = options, options.stage
     if k == 0:
         data = [open_data(o.data, "train", stage.pixels * k) for k in (1, 2)]
+        make_folder(out)
         torch.manual_seed(o.seed)
         return Trainer(o, stage, VAE(**PRESETS[o.preset].vae).to(procs.device), data, procs, out)
     if k == 3 and not o.weights and not (out / "stage2.pt").exists():
@@ -743,6 +752,7 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
     model = new_model(o, out, data).to(procs.device)
     if o.vae:
         model.vae = load_vae(o.vae).to(procs.device)
+    make_folder(out)
     if k > 1:
         if model.vae is None:
             print("no autoencoder yet: stage 0 comes first (--vae takes a pretrained one instead)")
@@ -771,7 +781,6 @@ def run(options: Options, procs: Processes | None = None):
         return plan(options, stage)
     procs = procs or Processes()
     out = Path(options.out or f"runs/{Path(options.data).resolve().name}")
-    out.mkdir(parents=True, exist_ok=True)
     trainer = set_up(options, stage, procs, out)
     finished = trainer.resume()
     if finished:
@@ -793,9 +802,13 @@ def keep_freed_memory():
 
 if __name__ == "__main__":
     keep_freed_memory()
+    code = 0
     try:
         run(OPTIONS)
     except UserError as e:
-        sys.exit(print(f"train.py: {e}", file=sys.stderr) or 2)
+        code = print(f"train.py: {e}", file=sys.stderr) or 2
     except Stopped as e:
-        sys.exit(print(f"train.py: {e}", file=sys.stderr) or 130)
+        code = print(f"train.py: {e}", file=sys.stderr) or 130
+    except KeyboardInterrupt:           # before the first step: there is nothing to save yet
+        code = print("train.py: stopped before the first step", file=sys.stderr) or 130
+    sys.exit(code)
