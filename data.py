@@ -1209,6 +1209,9 @@ def split_sections(text):
     return {k: v.strip() for k, v in sections.items() if v.strip()}
 
 
+LEFTOVERS = {"these", "this", "it", "left", "right", "inferior", "superior", "change", "changes"}
+
+
 @lru_cache(1 << 16)
 def clean_sentence(sentence):
     """One sentence without what its film cannot show; "" where nothing is left."""
@@ -1217,6 +1220,9 @@ def clean_sentence(sentence):
             sentence = pattern.sub(new, sentence)
         elif pattern.search(sentence):
             return ""
+    sentence = re.sub(r"\b([Aa])n(?=\s+[b-df-gj-np-tv-z])", r"\1", sentence)  # an unchanged heart
+    if sentence.strip().lower() in LEFTOVERS:
+        return ""
     return sentence[0].upper() + sentence[1:] + "."
 
 

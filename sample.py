@@ -4,17 +4,15 @@
     python sample.py generate "Large right pleural effusion." --out effusion.png
     python sample.py evaluate
 
-Mistakes are one line on stderr and exit code 2.
+Mistakes are one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
 
 import argparse
-import atexit
 import csv
 import json
 import math
 import os
 import re
-import signal
 import sys
 import warnings
 from collections import Counter
@@ -28,30 +26,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"sample.py: {message}; see --help\n")
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action) -> str:      # no "(default: None)"
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def number(kind: type, rule: str, holds):
-    """For argparse: reads an int or a float for which holds(it) is true, as `rule` says."""
+def number(kind: type, least: float, most: float = 2**31):
+    """For argparse: reads an int or a float from least to most."""
     def read(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and holds(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not {rule}")
+        if not least <= value <= most:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text} is not {what} from {least} to {most}")
         return value
     return read
-
-
-COUNT = number(int, "a whole number of at least 1", lambda n: n >= 1)
-SEED = number(int, "a whole number from 0 to 2^31", lambda n: 0 <= n <= 2**31)
-POINTS = number(int, "a whole number of at least 2", lambda n: n >= 2)
-POSITIVE = number(float, "a number above 0", lambda x: x > 0)
-SCALE = number(float, "a number of at least 0", lambda x: x >= 0)
-SHARE = number(float, "a number above 0 and at most 1", lambda x: 0 < x <= 1)
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -59,51 +45,38 @@ def parse(argv=None) -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, text: str):
-        p = commands.add_parser(name, help=text, description=text,
-                                formatter_class=Help)
-        p.add_argument("--weights", help="weights folder (default: the newest under runs/)")
-        p.add_argument("--device", help="cpu, cuda or mps (default: the best found)")
-        p.add_argument("--seed", type=SEED, default=0, help="seed of noise and sampling")
-        return p
+    def command(name: str, text: str, draws=True):
+        add = commands.add_parser(name, help=text, description=text).add_argument
+        add("--weights", help="weights folder (default: the newest under runs/)")
+        add("--device", help="cpu, cuda or mps (default: the best found)")
+        add("--seed", type=number(int, 0), default=0, help="of noise and sampling (%(default)s)")
+        if draws:
+            add("--points", type=number(int, 2), default=50, help="times on the path (%(default)s)")
+            add("--guidance", type=number(float, 0), help="guidance scale (default: as trained)")
+            add("--shift", type=number(float, 0.001), default=3.0, help="time shift (%(default)s)")
+            add("--size", type=number(int, 1), help="pixels a side (default: as trained)")
+        return add
 
-    def flow(p):
-        p.add_argument("--points", type=POINTS, default=50, help="times on the path; one step less")
-        p.add_argument("--guidance", type=SCALE,
-                       help="guidance scale (default: what the weights folder says)")
-        p.add_argument("--shift", type=POSITIVE, default=3.0, help="time shift towards noise")
-        p.add_argument("--size", type=COUNT, help="pixels a side (default: as trained)")
-    p = command("report", "write the report of each film")
-    p.add_argument("images", nargs="+", help="image files")
-    p.add_argument("--prompt", help="instruction (default: the one used in training)")
-    p.add_argument("--max-tokens", type=COUNT, default=500, help="longest report")
-    p.add_argument("--temperature", type=SCALE, default=0.0, help="0: greedy, always the same")
-    p.add_argument("--top-p", type=SHARE, default=1.0, help="nucleus sampling: probability kept")
-    p = command("generate", "draw the film of each text")
-    p.add_argument("texts", nargs="+", help="what the film shows")
-    p.add_argument("--out", default="film.png", help="PNG to write; a sheet for more than one film")
-    p.add_argument("--count", type=COUNT, default=1, help="films a text, each from other noise")
-    flow(p)
-    p = command("evaluate", "score reports and films on held-out data: the paper's two tables")
-    p.add_argument("--data", default="phantom", help="phantom or a data folder")
-    p.add_argument("--split", default="val", choices=("val", "test"), help="which films")
-    p.add_argument("--samples", type=COUNT, default=500, help="how many films and captions")
-    p.add_argument("--out", help="folder for the results (default: WEIGHTS/evaluation)")
-    p.add_argument("--features", help="RAD-DINO folder (default: our image encoder)")
-    flow(p)
+    add = command("report", "write the report of each film", draws=False)
+    add("images", nargs="+", help="image files")
+    add("--prompt", help="instruction (default: the one used in training)")
+    add("--max-tokens", type=number(int, 1), default=500, help="longest report (%(default)s)")
+    add("--temperature", type=number(float, 0), default=0.0, help="0 (default): the likeliest word")
+    add("--top-p", type=number(float, 0.001, 1), default=1.0, help="nucleus kept (%(default)s)")
+    add = command("generate", "draw the film of each text")
+    add("texts", nargs="+", help="what the film shows")
+    add("--out", default="film.png", help="PNG to write, a sheet of several films (%(default)s)")
+    add("--count", type=number(int, 1), default=1, help="films of each text (%(default)s)")
+    add = command("evaluate", "score reports and films on held-out data: the paper's two tables")
+    add("--data", default="phantom", help="phantom (default) or a data folder")
+    add("--split", default="val", choices=("val", "test"), help="which films (%(default)s)")
+    add("--samples", type=number(int, 1), default=500, help="films and captions (%(default)s)")
+    add("--out", help="folder for the results (default: WEIGHTS/evaluation)")
+    add("--features", help="RAD-DINO folder (default: our image encoder)")
     return parser.parse_args(argv)
 
 
-def stop(*_):
-    """What Ctrl-C does: one line, after the progress bars' last."""
-    atexit.register(print, "sample.py: stopped; an evaluation goes on when run again",
-                    file=sys.stderr)
-    sys.exit(2)
-
-
-if __name__ == "__main__":
-    ARGS = parse()                                        # --help answers before torch is imported
-    signal.signal(signal.SIGINT, stop)
+ARGS = parse() if __name__ == "__main__" else None        # --help answers before torch is imported
 
 import torch                                              # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
@@ -117,10 +90,8 @@ from unix import INSTRUCTIONS, UniX, load_rad_dino        # noqa: E402
 # ---- images: sets of features, (n, d) and (m, d) arrays (the paper: RAD-DINO CLS features) -------
 def as_features(real, fake, least):
     real, fake = np.asarray(real, np.float64), np.asarray(fake, np.float64)
-    if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
-        raise ValueError(f"features must be (n, d) and (m, d), got {real.shape} and {fake.shape}")
-    if min(len(real), len(fake)) < least:
-        raise ValueError(f"needs at least {least} samples a set, got {len(real)} and {len(fake)}")
+    if real.ndim != 2 or real.shape[1:] != fake.shape[1:] or min(len(real), len(fake)) < least:
+        raise ValueError(f"features {real.shape}, {fake.shape}: not two sets of {least} samples")
     return real, fake
 
 
@@ -128,79 +99,55 @@ def frechet_distance(real, fake):
     """Frechet distance of two Gaussians, |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) -> float.
 
     With X the centred samples over sqrt(n - 1), S = X^T X, and tr (S1 S2)^(1/2) is the sum of the
-    singular values of X1 X2^T; no matrix root is taken, so n < d is exact too. X's QR factor
-    stands in for X (Q cancels), so nothing larger than (d, d) is decomposed.
-    """
+    singular values of X1 X2^T, also where n < d; X's QR factor will do for X (Q cancels)."""
     real, fake = as_features(real, fake, least=2)
     if min(len(real), len(fake)) <= real.shape[1]:
         warnings.warn("Frechet distance is biased upwards with no more samples than dimensions; "
                       "compare only runs with equal numbers of samples", stacklevel=2)
-    means = [x.mean(0) for x in (real, fake)]
-    factors = [np.linalg.qr((x - mean) / np.sqrt(len(x) - 1), mode="r")
-               for x, mean in zip((real, fake), means)]
+    factors = [np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r") for x in (real, fake)]
     cross = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
     traces = sum((r * r).sum() for r in factors)
-    return float(((means[0] - means[1]) ** 2).sum() + traces - 2 * cross)
+    return float(((real.mean(0) - fake.mean(0)) ** 2).sum() + traces - 2 * cross)
 
 
 def kernel_distance(real, fake):
     """Kernel distance -> float: unbiased squared MMD with the kernel (x.y / d + 1)^3 of Binkowski
     et al. 2018, over all samples (no random subsets, so it is deterministic)."""
     real, fake = as_features(real, fake, least=2)
-    d, n, m = real.shape[1], len(real), len(fake)
 
-    def kernel_sum(a, b):
-        return sum(((rows @ b.T / d + 1) ** 3).sum() for rows in chunks(a))
+    def kernel(a, b):
+        return (a @ b.T / a.shape[1] + 1) ** 3
 
-    def kernel_of_self(a):                      # the unbiased estimate leaves these pairs out
-        return (((a * a).sum(1) / d + 1) ** 3).sum()
-
-    within_real = (kernel_sum(real, real) - kernel_of_self(real)) / (n * (n - 1))
-    within_fake = (kernel_sum(fake, fake) - kernel_of_self(fake)) / (m * (m - 1))
-    return float(within_real + within_fake - 2 * kernel_sum(real, fake) / (n * m))
-
-
-def chunks(rows, size=512):
-    return (rows[i:i + size] for i in range(0, len(rows), size))
+    def within(a):                              # the mean over pairs of two different samples
+        pairs = kernel(a, a)
+        return (pairs.sum() - np.trace(pairs)) / (len(a) * (len(a) - 1))
+    return float(within(real) + within(fake) - 2 * kernel(real, fake).mean())
 
 
 def distances(a, b):
-    """Euclidean distances, (n, d), (m, d) -> blocks of rows (c, m): memory is c m, not n m."""
-    b_squared = (b * b).sum(1)
-    for rows in chunks(a):
-        scale = (rows * rows).sum(1)[:, None] + b_squared
-        squared = scale - 2 * rows @ b.T
-        yield np.sqrt(np.where(squared < 1e-13 * scale, 0, squared))    # equal rows: exactly 0
+    """Euclidean distances, (n, d), (m, d) -> (n, m); those of equal rows are exactly 0."""
+    scale = (a * a).sum(1)[:, None] + (b * b).sum(1)
+    squared = scale - 2 * a @ b.T
+    return np.sqrt(np.where(squared < 1e-13 * scale, 0, squared))
 
 
 def prdc(real, fake, k=5):
     """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020) -> dict.
-
-    Each sample has a ball that reaches to its k-th nearest neighbour in its own set. ValueError
-    when a set has no more than k samples.
-    """
+    Each sample has a ball that reaches to its k-th nearest neighbour in its own set."""
     real, fake = as_features(real, fake, least=k + 1)
     real_radius, fake_radius = (                # the k-th from 0, because 0 is the sample itself
-        np.concatenate([np.partition(block, k)[:, k] for block in distances(x, x)])
-        for x in (real, fake))
-    inside, recalled, nearest = np.zeros(len(fake)), [], []
-    for block, radius in zip(distances(real, fake), chunks(real_radius)):
-        inside += (block < radius[:, None]).sum(0)      # real balls around each fake sample
-        recalled.append((block < fake_radius).any(1))
-        nearest.append(block.min(1) < radius)
-    return {"precision": float((inside > 0).mean()),
-            "recall": float(np.concatenate(recalled).mean()),
-            "density": float(inside.mean() / k),
-            "coverage": float(np.concatenate(nearest).mean())}
+        np.partition(distances(x, x), k)[:, k] for x in (real, fake))
+    across = distances(real, fake)
+    inside = (across < real_radius[:, None]).sum(0)         # real balls around each fake sample
+    found = {"precision": (inside > 0).mean(), "recall": (across < fake_radius).any(1).mean(),
+             "density": inside.mean() / k, "coverage": (across.min(1) < real_radius).mean()}
+    return {name: float(value) for name, value in found.items()}
 
 
 def psnr(a, b, peak=1.0):
     """Peak signal-to-noise ratio in dB of two arrays of one shape; inf when they are equal."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"images differ in shape: {a.shape} and {b.shape}")
-    error = ((a - b) ** 2).mean()
-    return float("inf") if error == 0 else float(10 * np.log10(peak ** 2 / error))
+    error = ((np.asarray(a, np.float64) - b) ** 2).mean()
+    return float(10 * np.log10(peak ** 2 / error)) if error else math.inf
 
 
 # ---- reports -------------------------------------------------------------------------------------
@@ -215,12 +162,11 @@ def ngram_counts(refs, hyps):
     rows = []
     for texts in zip(refs, hyps):
         ref, hyp = (text.lower().split() for text in texts)
-        matched, total = [], []
-        for n in range(1, 5):
-            in_ref, in_hyp = (Counter(zip(*(words[i:] for i in range(n)))) for words in (ref, hyp))
-            matched.append((in_ref & in_hyp).total())
-            total.append(max(1, in_hyp.total()))        # as NLTK, for hypotheses below n words
-        rows.append(matched + total + [len(ref), len(hyp)])
+        in_ref, in_hyp = ([Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, 5)]
+                          for words in (ref, hyp))
+        matched = [(a & b).total() for a, b in zip(in_ref, in_hyp)]
+        total = [max(1, b.total()) for b in in_hyp]     # as NLTK, for hypotheses below n words
+        rows.append([*matched, *total, len(ref), len(hyp)])
     return np.array(rows)
 
 
@@ -233,17 +179,14 @@ def bleu_of(counts):
 
 
 def bleu(refs, hyps):
-    """Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002), one reference each, lower case, split on
-    white space, no smoothing -> list of 4 floats."""
+    """Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002) of lower-case words -> list of 4 floats."""
     return bleu_of(ngram_counts(refs, hyps))
 
 
 def rouge_l(refs, hyps):
     """Mean ROUGE-L F1 (Lin 2004) -> float; words are lower-case runs of a-z and 0-9, no stemming.
-
-    The longest common subsequence is found with one integer as a row of bits (Hyyro 2004): bit j
-    is 0 where the length grows at reference word j, so a hypothesis word costs three operations.
-    """
+    The longest common subsequence by one integer as a row of bits (Hyyro 2004): bit j is 0 where
+    the length grows at reference word j."""
     check_lengths(refs, hyps)
     scores = []
     for ref, hyp in zip(refs, hyps):
@@ -251,8 +194,7 @@ def rouge_l(refs, hyps):
         places = Counter()                              # word -> bits of its places in ref
         for j, word in enumerate(ref):
             places[word] += 1 << j
-        full = (1 << len(ref)) - 1
-        row = full
+        row = full = (1 << len(ref)) - 1
         for word in hyp:
             match = row & places[word]
             row = ((row + match) | (row - match)) & full
@@ -263,9 +205,7 @@ def rouge_l(refs, hyps):
 
 def f1_scores(truth, predicted):
     """Binary arrays (n, c) -> {"micro": float, "macro": float, "per_class": (c,) array}.
-
-    A class that neither array has counts as 0 in the macro mean (scikit-learn's zero_division=0).
-    """
+    A class that neither array has counts as 0 in the macro mean (scikit-learn's default)."""
     truth, predicted = np.asarray(truth, bool), np.asarray(predicted, bool)
     if truth.shape != predicted.shape or truth.ndim != 2:
         raise ValueError(f"needs two (n, c) arrays, got {truth.shape} and {predicted.shape}")
@@ -277,10 +217,7 @@ def f1_scores(truth, predicted):
 
 def bootstrap(score, n, rounds=1000, seed=0, middle=None):
     """95% interval (low, high) of score(indices) -> float or list over resamples of n samples.
-
-    `middle` moves it so that the median lies there, for figures that are biased where samples are
-    repeated, as resamples are.
-    """
+    `middle` moves the median there, for figures that repeated samples bias."""
     draw = np.random.default_rng(seed)
     values = np.array([score(draw.integers(n, size=n)) for _ in range(rounds)])
     if middle is not None:
@@ -298,19 +235,19 @@ def with_intervals(figures, n, rounds=200, move=False):
 
 
 # ---- reading and drawing -------------------------------------------------------------------------
+def chunks(rows, size):
+    return (rows[i:i + size] for i in range(0, len(rows), size))
+
+
 def load(args) -> UniX:
     """The model asked for; args.weights becomes its folder. Raises UserError."""
     if args.weights is None:
         runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda p: p.stat().st_mtime)
         if not runs:
-            raise UserError("no weights under runs/; make some with: python train.py --stage 1 "
-                            "(or name a folder with --weights)")
+            raise UserError("no weights under runs/; run train.py --stage 1 or give --weights")
         args.weights = runs[-1].parent
-    device = args.device or "cpu"
-    if args.device is None and torch.cuda.is_available():
-        device = "cuda"
-    elif args.device is None and torch.backends.mps.is_available():
-        device = "mps"
+    device = args.device or ("cuda" if torch.cuda.is_available() else
+                             "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):      # torch's answer to a device that is not there
@@ -318,21 +255,16 @@ def load(args) -> UniX:
     return UniX.load(args.weights, device)
 
 
-def flow_options(args, model: UniX) -> dict:
-    scale = model.config.guidance if args.guidance is None else args.guidance
-    return {"points": args.points, "scale": scale, "shift": args.shift}
-
-
 def report(args):
     """Prints the report of each film."""
     model = load(args)
     films = [square(read_image(p), model.config.vit_image) for p in args.images]
     prompt = INSTRUCTIONS[0] if args.prompt is None else args.prompt
-    for at in range(0, len(films), 8):
-        pixels = vit_pixels(torch.from_numpy(np.stack(films[at:at + 8])).to(model.device))
+    for paths, some in zip(chunks(args.images, 8), chunks(films, 8)):
+        pixels = vit_pixels(torch.from_numpy(np.stack(some)).to(model.device))
         written = model.report(pixels, prompt, args.max_tokens, args.temperature, args.top_p,
                                args.seed)
-        for path, text in zip(args.images[at:at + 8], written):
+        for path, text in zip(paths, written):
             print(f"{path}: {text}" if len(films) > 1 else text)
 
 
@@ -342,15 +274,12 @@ def generate(args):
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out} cannot be written; name a file in a folder that is there")
     model = load(args)
-    model.side(args.size)               # a mistake ends it before anything is drawn
-    for text in args.texts:
-        model.ids(text)
-    how, texts = flow_options(args, model), [t for t in args.texts for _ in range(args.count)]
-    films = []
-    for at in tqdm(range(0, len(texts), 8), desc="drawing", disable=len(texts) <= 8):
-        some = texts[at:at + 8]
-        seeds = [args.seed + at + i for i in range(len(some))]
-        films.extend(model.generate(some, args.size, seeds, **how)[:, 0].cpu().numpy())
+    films, texts = [], [t for t in args.texts for _ in range(args.count)]
+    for some in tqdm([*chunks(texts, 8)], desc="drawing", disable=len(texts) <= 8):
+        seeds = range(args.seed + len(films), args.seed + len(films) + len(some))
+        drawn = model.generate(some, args.size, seeds, points=args.points, scale=args.guidance,
+                               shift=args.shift)
+        films.extend(drawn[:, 0].cpu().numpy())
     if len(films) == 1:
         save_film(films[0], out)
     else:
@@ -366,44 +295,34 @@ HEARTS = ("Heart size is normal.", "The heart is mildly enlarged.",
 
 
 class Results:
-    """The folder of an evaluation: what is there already is not computed again, unless weights,
-    data or settings were others."""
+    """The folder of an evaluation: what is there is kept, unless weights or settings differ."""
 
     def __init__(self, args, model: UniX, data):
-        self.model, self.size, self.how = model, args.size, flow_options(args, model)
+        self.model, self.size = model, args.size
+        self.how = {"points": args.points, "scale": args.guidance, "shift": args.shift}
         self.out = Path(args.out or Path(args.weights) / "evaluation")
         self.films = self.out / "films"
-        weights = Path(args.weights) / "model.safetensors"
-        origin = json.dumps([str(weights.resolve()), weights.stat().st_mtime if weights.exists()
-                             else 0, data.fingerprint(), self.size, args.seed, self.how])
-        about = self.out / "origin.json"
-        try:
-            self.films.mkdir(parents=True, exist_ok=True)
-            if not about.exists() or about.read_text() != origin:
-                for old in [*self.films.glob("*.png"), *self.out.glob("*.csv")]:
-                    old.unlink()
-                about.write_text(origin)
-        except OSError as e:
-            raise UserError(f"{self.out} cannot be written ({e.strerror}); name another "
-                            "folder with --out") from None
+        about, model_file = self.out / "origin.json", Path(args.weights).resolve() / "config.json"
+        origin = json.dumps([str(model_file), model_file.stat().st_mtime, data.fingerprint(),
+                             args.size, args.seed, self.how])
+        self.films.mkdir(parents=True, exist_ok=True)
+        if not about.exists() or about.read_text() != origin:
+            for old in [*self.films.glob("*.png"), *self.out.glob("*.csv")]:
+                old.unlink()
+            about.write_text(origin)
 
-    def read(self, name: str, films: np.ndarray, truth: dict[int, str]) -> list[str]:
+    def read(self, name: str, films: np.ndarray, truth: dict[str, str]) -> list[str]:
         """Reports that the model writes of uint8 films (n, h, w); truth: index -> true report.
-
-        Kept in a table with the columns that CheXbert's tools read. It is always written whole; of
-        a table that is not, the rows that fit the truth are used.
-        """
-        file, done, names = self.out / name, {}, {str(i): i for i in truth}
+        Kept in a table with the columns that CheXbert's tools read; rows there are used."""
+        file, done = self.out / name, {}
         if file.exists():
-            csv.field_size_limit(10**9)
-            with open(file, newline="", encoding="utf-8", errors="replace") as f:
-                for row in csv.DictReader(f):
-                    i = names.get(row.get("index"))
-                    if i is not None and row.get("Ground Truth") == truth[i]:
-                        done[i] = row["Report Impression"]
-        places = [(k, i) for k, i in enumerate(truth) if i not in done]
-        for at in tqdm(range(0, len(places), 32), desc=f"reading for {name}", unit="batch"):
-            rows, indices = zip(*places[at:at + 32])
+            csv.field_size_limit(10**9)                 # reports may be long
+            with open(file, newline="", encoding="utf-8") as f:
+                done = {row["index"]: row["Report Impression"] for row in csv.DictReader(f)
+                        if row["Ground Truth"] == truth.get(row["index"], "")}
+        missing = [(k, i) for k, i in enumerate(truth) if i not in done]
+        for some in tqdm([*chunks(missing, 32)], desc=f"reading for {name}", unit="batch"):
+            rows, indices = zip(*some)
             pixels = self.model.vit.prepare(torch.from_numpy(films[[*rows]]).to(self.model.device))
             written = self.model.report(pixels, max_new=min(200, self.model.config.max_tokens))
             done |= dict(zip(indices, written))
@@ -416,8 +335,7 @@ class Results:
     def draw(self, wanted: dict[str, tuple[str, int]]) -> np.ndarray:
         """Films by name, each of a text and a seed, uint8 (n, h, w); draws those not there yet."""
         missing = [k for k in wanted if not (self.films / f"{k}.png").exists()]
-        for at in tqdm(range(0, len(missing), 16), desc="drawing", unit="batch"):
-            some = missing[at:at + 16]
+        for some in tqdm([*chunks(missing, 16)], desc="drawing", unit="batch"):
             texts, seeds = zip(*(wanted[k] for k in some))
             films = self.model.generate(texts, self.size, seeds, **self.how)[:, 0]
             for k, film in zip(some, films.cpu().numpy()):
@@ -427,13 +345,11 @@ class Results:
 
 def label_table(reports: list[str]) -> np.ndarray:
     """(n, 14): 1 where a report has the finding, -1 where it may have it, else 0."""
-    found = [label_report(r) for r in reports]
-    return np.array([[f.get(c, 0) for c in CLASSES] for f in found])
+    return np.array([[found.get(c, 0) for c in CLASSES] for found in map(label_report, reports)])
 
 
 def right_places(truth: list[str], written: list[str], kind: str, classes) -> np.ndarray:
-    """(n, 2) a report: findings whose "sides" or "severity" is right, findings that both reports
-    have and whose true one is known."""
+    """(n, 2): findings of both reports whose "sides" or "severity" agrees, and is truly known."""
     rows = []
     for a, b in zip(map(locate, truth), map(locate, written)):
         right = [a[c][kind] == b[c][kind] for c in classes if c in a and c in b and a[c][kind]]
@@ -442,8 +358,7 @@ def right_places(truth: list[str], written: list[str], kind: str, classes) -> np
 
 
 def report_scores(truth: list[str], written: list[str]) -> dict[str, list[float]]:
-    """Table 2, {name: [value, low, high]}: F1 of the findings (uncertain as negative and as
-    positive), words, and, where there are any to compare, sides and severities."""
+    """Table 2, {name: [value, low, high]}: F1 of the findings, words, sides and severities."""
     a, b = label_table(truth), label_table(written)
     flags = {"": (a == 1, b == 1), ", uncertain as positive": (a != 0, b != 0)}
     columns = {14: slice(None), 5: [CLASSES.index(c) for c in FIVE]}
@@ -468,14 +383,11 @@ def report_scores(truth: list[str], written: list[str]) -> dict[str, list[float]
 
 
 def film_scores(real: np.ndarray, fake: np.ndarray) -> dict[str, list[float]]:
-    """Table 3 on image features (n, d), {name: [value, low, high]}: FD and KD of two films or more,
-    precision, recall, density and coverage of six or more."""
+    """Table 3 on image features (n, d), {name: [value, low, high]}, as far as n allows."""
     def figures(i):
         found = {"FD": frechet_distance(real[i], fake[i]), "KD": kernel_distance(real[i], fake[i])}
         return found | (prdc(real[i], fake[i]) if len(i) > 5 else {})
-    if len(real) < 2:
-        return {}
-    found = with_intervals(figures, len(real), rounds=20, move=True)
+    found = with_intervals(figures, len(real), rounds=20, move=True) if len(real) > 1 else {}
     for k in found.keys() & {"precision", "recall", "coverage"}:
         found[k] = np.clip(found[k], 0, 1).tolist()         # what moves may leave the range
     return found
@@ -484,29 +396,29 @@ def film_scores(real: np.ndarray, fake: np.ndarray) -> dict[str, list[float]]:
 @torch.no_grad()
 def features(encoder, films: np.ndarray) -> np.ndarray:
     """uint8 films (n, h, w) -> (n, d), float64."""
-    parts = [encoder.summary(torch.from_numpy(films[at:at + 32]).to(encoder.pos_embed.device))
-             for at in range(0, len(films), 32)]
+    parts = [encoder.summary(torch.from_numpy(some).to(encoder.pos_embed.device))
+             for some in chunks(films, 32)]
     return torch.cat(parts).double().cpu().numpy()
 
 
 def heart_triples(results: Results, count=20) -> dict[str, list[float]]:
     """Share of noise seeds whose heart widens from normal to mildly to severely enlarged."""
-    films = results.draw({f"heart-{level}-{seed}": (text, seed) for level, text in enumerate(HEARTS)
-                          for seed in range(1000, 1000 + count)})
+    seeds, name = range(1000, 1000 + count), "normal < mild < severe, share of seeds"
+    films = results.draw({f"heart-{level}-{seed}": (text, seed)
+                          for level, text in enumerate(HEARTS) for seed in seeds})
     widths = np.array([heart_width(f) for f in films]).reshape(len(HEARTS), count)
     rises = (np.diff(widths, axis=0) > 0).all(0)
-    return with_intervals(lambda i: {"normal < mild < severe, share of seeds": rises[i].mean()},
-                          count)
+    return with_intervals(lambda i: {name: rises[i].mean()}, count)
 
 
 @torch.no_grad()
 def reconstruction(model: UniX, films: np.ndarray) -> dict[str, list[float]]:
     """PSNR in dB of uint8 films (n, s, s) through the autoencoder and back; mean over films."""
     each = []
-    for at in range(0, len(films), 16):
-        pixels = vae_pixels(torch.from_numpy(films[at:at + 16]).to(model.device))
+    for some in chunks(films, 16):
+        pixels = vae_pixels(torch.from_numpy(some).to(model.device))
         back = to_uint8(model.vae.decode(model.vae.latents(model.vae.moments(pixels))))[:, 0]
-        each += [psnr(a, b, 255) for a, b in zip(films[at:at + 16], back.cpu().numpy())]
+        each += [psnr(a, b, 255) for a, b in zip(some, back.cpu().numpy())]
     each, name = np.array(each), f"PSNR at {films.shape[1]} px, {len(films)} films"
     return with_intervals(lambda i: {name: each[i].mean()}, len(each))
 
@@ -514,7 +426,6 @@ def reconstruction(model: UniX, films: np.ndarray) -> dict[str, list[float]]:
 def evaluate(args):
     """Both tables on held-out films; prints them, writes metrics.json, predictions.csv, films."""
     model = load(args)
-    draws = model.vae is not None and bool(model.llm2vae.weight.any())     # has stage 2 been run?
     size = args.size or model.config.resolution
     if model.vae is not None:
         model.side(size)
@@ -522,20 +433,19 @@ def evaluate(args):
     data = open_data(args.data, args.split, max(size, model.config.vit_image))
     results = Results(args, model, data)
     films = [data[i] for i in tqdm(range(min(args.samples, len(data))), desc="films")]
-    films = {f["index"]: f for f in films}              # one that stands in for another is one
+    films = {str(f["index"]): f for f in films}         # one that stands in for another is one
     real = np.stack([f["image"] for f in films.values()])
     truth = {i: f["report"] for i, f in films.items()}
     written = results.read("predictions.csv", real, truth)
     metrics = {"understanding": report_scores(list(truth.values()), written)}
     if model.vae is not None:
         metrics["autoencoder"] = {}
-        for side in (size // 2, size):
-            if side >= model.vae.factor and side % model.vae.factor == 0:
-                metrics["autoencoder"] |= reconstruction(
-                    model, np.stack([square(f, side) for f in real[:100]]))
-    if draws:
-        captions = {i: f["caption"] for i, f in films.items()}
-        metrics |= evaluate_drawing(args, results, encoder, captions, real, written)
+        for side in (s for s in (size // 2, size) if s % model.vae.factor == 0):
+            small = np.stack([square(f, side) for f in real[:100]])
+            metrics["autoencoder"] |= reconstruction(model, small)
+        if model.llm2vae.weight.any():                  # stage 2 has been run
+            captions = {i: f["caption"] for i, f in films.items()}
+            metrics |= evaluate_drawing(args, results, encoder, captions, real, written)
     for line in data.dropped.lines():
         print(f"note: {line}")
     for name, table in metrics.items():
@@ -544,33 +454,24 @@ def evaluate(args):
             print(f"  {k:42}{value:9.3f}  [{low:.3f}, {high:.3f}]")
     with atomic(results.out / "metrics.json") as temporary:
         temporary.write_text(json.dumps({"samples": len(films), **metrics}, indent=1))
-    print(f"\nwrote {results.out}: metrics.json, predictions.csv")
-    if draws:
-        print(f"wrote {results.out}: films.png, drawn.csv and the folder films")
+    print(f"\nwrote {results.out}: {', '.join(sorted(p.name for p in results.out.iterdir()))}")
 
 
 def evaluate_drawing(args, results: Results, encoder, captions: dict, real, written: list) -> dict:
     """Table 3 and the round trip: is what a film was drawn from read back from it?"""
-    fake = results.draw({str(i): (text, args.seed + i) for i, text in captions.items()})
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always")
-        scores = film_scores(features(encoder, real), features(encoder, fake))
-    if notes:
-        print(f"note: {notes[0].message}")
+    fake = results.draw({str(i): (text, args.seed + int(i)) for i, text in captions.items()})
     prompts, back = list(captions.values()), results.read("drawn.csv", fake, captions)
-    trip, ceiling = report_scores(prompts, back), report_scores(prompts, written)
-    trip = {k: v for k, v in trip.items()
-            if k in ("micro F1-14", "macro F1-14", "sides right", "severity right")}
-    trip["micro F1-14 of the true films (ceiling)"] = ceiling["micro F1-14"]
+    kept = ("micro F1-14", "macro F1-14", "sides right", "severity right")
+    trip = {k: v for k, v in report_scores(prompts, back).items() if k in kept}
+    trip["micro F1-14 of the true films (ceiling)"] = report_scores(prompts, written)["micro F1-14"]
     a, b = label_table(prompts) == 1, label_table(back) == 1
 
     def by_class(i):
         each = f1_scores(a[i], b[i])["per_class"]
-        return {f"F1 {c} ({a[:, j].sum()})": each[j] for j, c in enumerate(CLASSES)
-                if a[:, j].any()}
-    if a.any():
-        trip |= with_intervals(by_class, len(a))
+        return {f"F1 {CLASSES[j]} ({a[:, j].sum()})": each[j] for j in np.flatnonzero(a.any(0))}
+    trip |= with_intervals(by_class, len(a))
     kind = "RAD-DINO, class token" if args.features else "our image encoder, mean of patches"
+    scores = film_scores(features(encoder, real), features(encoder, fake))
     found = {f"generation, features: {kind}": scores,
              "round trip: generated films read back": trip}
     if args.data == "phantom":
@@ -581,9 +482,19 @@ def evaluate_drawing(args, results: Results, encoder, captions: dict, real, writ
     return found
 
 
-if __name__ == "__main__":
+def run(args) -> tuple[int, str]:
+    """Runs a command -> exit code and what to say once the progress bars have ended."""
     try:
-        {"report": report, "generate": generate, "evaluate": evaluate}[ARGS.command](ARGS)
+        {"report": report, "generate": generate, "evaluate": evaluate}[args.command](args)
+    except KeyboardInterrupt:
+        return 130, "stopped; an evaluation goes on when run again"
     except (UserError, OSError) as e:
-        print("sample.py:", " ".join(str(e).split()), file=sys.stderr)
-        sys.exit(2)
+        return 2, " ".join(str(e).split())
+    return 0, ""
+
+
+if __name__ == "__main__":
+    CODE, SAID = run(ARGS)
+    if SAID:
+        print("sample.py:", SAID, file=sys.stderr)
+    sys.exit(CODE)

@@ -263,3 +263,11 @@ def test_time_is_linear_in_20_000_words(word):
     label_report(word * 20_000)
     clean_report(word * 20_000)
     assert time.perf_counter() - start < 5
+
+
+def test_what_is_left_of_a_sentence_reads_well():
+    """No lone pronoun or side, and the right article before what follows."""
+    text = "Two granulomas. These are unchanged since the previous examination. Stable left XXXX."
+    assert clean_report(text) == "FINDINGS: Two granulomas."
+    seen = clean_report("Frontal views of the chest show an unchanged cardiac silhouette.")
+    assert "A cardiac silhouette." in seen
