@@ -74,7 +74,7 @@ def test_what_a_run_leaves_behind(trained):
 
 def test_a_finished_stage_says_so(trained, folder, capsys):
     train.run(options(folder, trained[0], 3))
-    assert "stage 3" in capsys.readouterr().out
+    assert "is finished (2 steps)" in capsys.readouterr().out
 
 
 def test_latents_of_the_autoencoder_have_unit_variance(trained, folder):
