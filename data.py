@@ -532,6 +532,7 @@ ANATOMY = {  # a person and an exposure, as uniform ranges; lengths in image wid
     "tree": (0, 6), "blur": (.008, .014), "gain": (.95, 1.1), "offset": (-.04, .04),
     "gamma": (-.15, .15), "grain": (.008, .025), "roll_x": (0, 1), "roll_y": (0, 1)}
 HEART = {"mild": .54, "moderate": .60, "severe": .68}
+PLACES = {"upper": (.45, .26), "mid": (.53, .50), "lower": (.63, .74)}  # middles of lung zones
 
 
 def sample_scene(rng):
@@ -579,8 +580,7 @@ def vessel_trees(size):
             for angle in np.linspace(-1.35, 1.5, 7) + rng.uniform(-.15, .15, 7):
                 start = side * rng.uniform(.18, .28), y + .11 * np.sin(angle)
                 grow(*start, angle if side > 0 else np.pi - angle, rng.uniform(.1, .2), .014, 3)
-            box, r2 = chest.near(side * .24, y, .15, .16)
-            chest.image[box] += .4 * (1 - r2).clip(0, 1)
+            chest.image += .4 * chest.blob(side * .24, y, .15, .16)
     return trees
 
 
@@ -598,9 +598,7 @@ def arch(x, y, wall=1., top=0.):
 
 class Chest:
     """A film while it is drawn, in chest coordinates: x = 0 on the midline and +-1 on the side
-    walls, the patient's left being +x; y = 0 at the apices and 1 at the domes of the diaphragm.
-    The methods named after classes paint a finding f; `sign` is that of x on its side, `j` its
-    four uniforms."""
+    walls, the patient's left being +x; y = 0 at the apices and 1 at the domes of the diaphragm."""
 
     def __init__(self, scene, size):
         self.s, self.size, self.wide, self.high = scene, size, scene["width"], scene["height"]
@@ -611,67 +609,39 @@ class Chest:
         self.x = ((at - scene["middle"] - lean) / self.wide).astype(np.float32)  # (size, size)
         self.image = np.zeros((size, size), np.float32)  # densities: 0 air, about 1 metal
 
-    def box(self, x, y, rx, ry, margin=0.):
-        """The slices that hold a rectangle of half sides rx, ry and a margin in image widths."""
-        row = self.s["top"] + y * self.high
-        col = self.s["middle"] + x * self.wide + self.s["tilt"] * (row - .5)
-        high = ry * self.high + margin
-        wide = rx * self.wide + margin + abs(self.s["tilt"]) * high
-        return tuple(slice(max(0, int((at - r) * self.size)), max(0, int((at + r) * self.size) + 2))
-                     for at, r in ((row, high), (col, wide)))
-
-    def near(self, x, y, rx, ry):
-        """The slices around an ellipse, and (distance / radius)^2 in there."""
-        box = self.box(x, y, rx, ry)
-        return box, ((self.x[box] - x) / rx) ** 2 + ((self.y[box[0]] - y) / ry) ** 2
+    def blob(self, x, y, rx, ry, peak=1., rough=0.):
+        """An ellipse: `peak` in its middle, 0 on its edge, never above 1."""
+        r2 = ((self.x - x) / rx) ** 2 + ((self.y - y) / ry) ** 2
+        return (peak - peak * r2 + rough).clip(0, 1)
 
     def stroke(self, points, thick, value):
         """Lighten a polyline to `value`; `thick` is in image widths."""
         for (x0, y0), (x1, y1) in zip(points, points[1:]):
             dx, dy = (x1 - x0) * self.wide, (y1 - y0) * self.high
-            box = self.box((x0 + x1) / 2, (y0 + y1) / 2, abs(x1 - x0) / 2, abs(y1 - y0) / 2,
-                           thick + self.soft)
-            px, py = (self.x[box] - x0) * self.wide, (self.y[box[0]] - y0) * self.high
+            reach = (min(y0, y1), max(y0, y1)) + np.array((-1, 1)) * (thick + self.soft) / self.high
+            rows = slice(*np.searchsorted(self.y[:, 0], reach))
+            px, py = (self.x[rows] - x0) * self.wide, (self.y[rows] - y0) * self.high
             along = ((px * dx + py * dy) / (dx * dx + dy * dy)).clip(0, 1)
             away = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
-            cover = (thick / self.soft + 1) / 2 - away / self.soft
-            cover = cover.clip(0, min(1, thick / self.soft))
-            np.maximum(self.image[box], value * cover, out=self.image[box])
+            cover = ((thick / self.soft + 1) / 2 - away / self.soft).clip(0, thick / self.soft)
+            self.image[rows] = np.maximum(self.image[rows], value * cover.clip(0, 1))
 
-    def fill(self, mask, value, box=...):
+    def fill(self, mask, value):
         """Raise the density towards `value`, and hide the vessels."""
-        self.image[box] += mask * np.maximum(value - self.image[box], 0)
-        self.vessels[box] *= 1 - mask
+        self.image += mask * np.maximum(value - self.image, 0)
+        self.vessels *= 1 - mask
 
-    def borders(self, findings):
-        """(size, 1) each: how far the mediastinum reaches to the left and to the right of x = 0."""
-        s, y, total = self.s, self.y, 2 * heart_ratio(self.s, findings)
-        right = .28 + .4 * (total - .9)
+    def heart(self, findings):
+        """The mask of heart and mediastinum, (size, size)."""
+        s, x, y, more = self.s, self.x, self.y, 2 * heart_ratio(self.s, findings) - .9
         stalk = s["stalk"] + .19 * any(f.name == "Enlarged Cardiomediastinum" for f in findings)
-        down = ((y - .46 + .2 * (total - .9)) / .52).clip(0, 1)  # from the heart's base to its apex
+        down = ((y - .46 + .2 * more) / .52).clip(0, 1)  # from the heart's base to its apex
         knob = s["knob"] * np.maximum(1 - ((y - .29) / .1) ** 2, 0) * (1 - down)
-        left = stalk + (total - right - stalk) * np.sin(np.pi / 2 * down) ** 1.4 + knob
+        right = .28 + .4 * more
+        left = stalk + (.9 + more - right - stalk) * np.sin(np.pi / 2 * down) ** 1.4 + knob
         right = stalk + (right - stalk) * np.sin(np.pi / 2 * np.minimum(1.7 * down, 1)) ** 1.4
-        sink = 1 - 3 * np.maximum(y - 1, 0) ** 2
-        return left * sink + s["turn"], right * sink - s["turn"]
-
-    def bones(self, ax):
-        """Add the back ribs, the fainter front ribs, the chest wall, collar bones and spine."""
-        s, y, soft, high = self.s, self.y, self.soft, self.high
-        ribs = np.zeros_like(ax)
-        for curve, ink in ((.42 * (ax - .35) ** 2, 1.), (-.38 * ax, .4)):
-            turns = (y - curve) * (1 / s["rib_gap"]) + s["rib_phase"]
-            away = np.abs(turns - np.floor(turns) - .5)
-            ribs += ink * s["ribs"] * ramp(.18 - away, soft / s["rib_gap"] / high)
-        self.image += ribs * ramp(self.depth + .05, .1) * (1 - .7 * ramp(y - 1.15, .3))
-        self.image += .08 * ramp(1.3 - y, .1) * (1 - np.abs(self.depth + .04) * 22).clip(0, 1)
-        box = self.box(0, .08, 1.1, .2)
-        bar = np.abs(y[box[0]] - .155 + (.21 - .10 * ax[box]) * ax[box]) * high
-        ends = ramp(1.08 - ax[box], .1) * ramp(ax[box] - .1, .1)
-        self.image[box] += .13 * ramp(.012 - bar, soft) * ends
-        box = self.box(0, .7, .16, 1.2)
-        disc = np.abs(y[box[0]] * 7 - np.floor(y[box[0]] * 7) - .5)
-        self.image[box] += ramp((.13 - ax[box]) * self.wide, soft) * (.01 + .09 * disc)
+        sink, x, soft = 1 - 3 * np.maximum(y - 1, 0) ** 2, x - s["turn"], 1.5 * self.soft
+        return ramp((left * sink - x) * self.wide, soft) * ramp((x + right * sink) * self.wide, soft)
 
     def thorax(self, findings):
         """Paint the chest itself, and keep the masks that the findings need."""
@@ -683,8 +653,7 @@ class Chest:
         bow = ax - .5
         dome = np.where(x > 0, *np.float32([self.dome[1], self.dome[-1]]))
         below = ramp((y - dome - bow * bow * (.52 + .55 * bow)) * self.high, 1.3 * soft)
-        left, right = self.borders(findings)
-        heart = ramp((left - x) * wide, 1.5 * soft) * ramp((x + right) * wide, 1.5 * soft)
+        heart = self.heart(findings)
         self.lung = self.inside * (1 - below) * (1 - heart)
         skin = np.interp(y, (-.3, -.12, 0, .12, .5, 1, 1.8), (.42, .46, .8, 1.42, 1.36, 1.24, 1.2))
         self.image = ramp((skin.astype(np.float32) - ax) * wide, .08) * (.50 - .06 * ax)
@@ -692,13 +661,11 @@ class Chest:
                                  below * ((1.15 - ax) * 5).clip(0, 1) * .13)
         self.image -= self.lung * .36
         self.bones(ax)
-        box = self.box(0, -.1, .07, .45)  # the trachea
-        self.image[box] -= .10 * ramp((.05 - ax[box]) * wide, soft) * ramp(.34 - y[box[0]], .05)
+        self.image -= .10 * ramp((.05 - ax) * wide, soft) * ramp(.34 - y, .05)  # the trachea
         for value, *place in ((.1, 1.32, .15, .24, .17), (.1, -1.32, .15, .24, .17),  # shoulders
                               (s["breasts"], .55, .88, .46, .3), (s["breasts"], -.55, .88, .46, .3),
                               (s["bubble"], .5, self.dome[1] + .17, .28, .1)):  # in the stomach
-            box, r2 = self.near(*place)
-            self.image[box] += value * (2 - 2 * r2).clip(0, 1)
+            self.image += value * self.blob(*place, 2)
         shift = round((s["top"] - .1275) * self.size), round((s["middle"] - .5) * self.size)
         tree = vessel_trees(self.size)[int(s["tree"])]
         self.vessels = s["vessels"] * np.roll(tree, shift, (0, 1))
@@ -706,81 +673,89 @@ class Chest:
         self.grain, self.coarse, self.fine = (tile[row:row + self.size, col:col + self.size]
                                               for tile in noise(self.size))
 
-    def spot(self, f, sign, j):
-        """The centre of a zone of a lung, jittered."""
-        x, y = {"upper": (.45, .26), "mid": (.53, .50), "lower": (.63, .74)}[f.place]
-        return sign * (x + .1 * j[0]), y + .08 * j[1]
+    def bones(self, ax):
+        """Add the back ribs, the fainter front ribs, the chest wall, collar bones and spine."""
+        s, y, soft, high = self.s, self.y, self.soft, self.high
+        ribs = np.zeros_like(ax)
+        for curve, ink in ((.42 * (ax - .35) ** 2, 1.), (-.38 * ax, .4)):
+            turns = (y - curve) * (1 / s["rib_gap"]) + s["rib_phase"]
+            away = np.abs(turns - np.floor(turns) - .5)
+            ribs += ink * s["ribs"] * ramp(.18 - away, soft / s["rib_gap"] / high)
+        self.image += ribs * ramp(self.depth + .05, .1) * (1 - .7 * ramp(y - 1.15, .3))
+        self.image += .08 * ramp(1.3 - y, .1) * (1 - np.abs(self.depth + .04) * 22).clip(0, 1)
+        bar = np.abs(y - .155 + (.21 - .10 * ax) * ax) * high
+        ends = ramp(1.08 - ax, .1) * ramp(ax - .1, .1)
+        self.image += .13 * ramp(.012 - bar, soft) * ends
+        disc = np.abs(y * 7 - np.floor(y * 7) - .5)
+        self.image += ramp((.13 - ax) * self.wide, soft) * (.01 + .09 * disc)
 
-    def lung_opacity(self, f, sign, j):
-        box, r2 = self.near(*self.spot(f, sign, j), .42 + .1 * j[2], .20 + .05 * j[3])
-        mask = (1.5 - 1.5 * r2).clip(0, 1) * self.lung[box]
-        self.image[box] += mask * (.12 + .07 * self.fine[box].clip(-1.5, 1.5))
-
-    def consolidation(self, f, sign, j):
-        box, r2 = self.near(*self.spot(f, sign, j), .46 + .12 * j[2], .21 + .05 * j[3])
-        rough = .3 * self.coarse[box] + .08 * self.fine[box]
-        mask = (1.1 - 1.1 * r2 + rough).clip(0, .9) * self.lung[box]
-        self.image[box] -= 1.2 * mask * self.vessels[box]  # air bronchograms
-        self.fill(mask, .58, box)
-
-    def lung_lesion(self, f, sign, j):
-        radius, bumps = (.087 + .03 * j[2], .05) if f.kind == "mass" else (.038 + .008 * j[2], 0)
-        box, r2 = self.near(*self.spot(f, sign, j), radius / self.wide, radius / self.high)
-        inside = .83 - np.sqrt(r2) + bumps * self.coarse[box]
-        self.fill(ramp(radius * inside, self.soft), .58, box)
-
-    def edema(self, f, sign, j):
-        strength = .6 if f.severity == "mild" else 1.
-        self.vessels *= 1 + .9 * strength
-        for side in (-1, 1):
-            box, r2 = self.near(side * .42, .56, .62, .46)
-            haze = strength * (1.3 - 1.3 * r2).clip(0, 1) * (.25 + .05 * self.coarse[box])
-            self.image[box] += haze * self.lung[box]
-            for y in np.linspace(.68, .9, 5):  # Kerley lines
-                self.stroke(((side * .82, y), (side * .97, y)), .006, .3 + .3 * strength)
-
-    def atelectasis(self, f, sign, j):  # thorax() has raised the dome
-        for k in range(1 + (j[1] > .5)):
-            y = self.dome[sign] - .08 - .04 * j[0] - .09 * k
-            start, end = sign * (.38 + .1 * j[2]), sign * .9
-            self.stroke(((start, y), (end, y + .05 - .03 * k)), .018, .56)
-
-    def pneumothorax(self, f, sign, j):
-        gap = {"mild": .15, "moderate": .25, "severe": .38}[f.severity] * (.95 + .1 * j[0])
-        edge = arch(self.x, self.y, 1 - gap, .55 * gap) * (.5 * self.wide)
-        half = self.lung * (self.x * sign > 0)
-        air = half * ramp(-edge, self.soft)
-        self.vessels *= 1 - air
-        self.image -= .09 * air
-        line = 1 - np.abs(edge) * (1 / max(.010, .8 * self.soft))
-        self.image += .22 * half * line.clip(0, 1)
-
-    def pleural_effusion(self, f, sign, j):
-        level = {"mild": 1.12, "moderate": .88, "severe": .62}[f.severity] + .04 * (j[0] - .5)
-        climb = .8 * np.maximum(np.abs(self.x) - .4, 0) ** 2
-        mask = ramp((self.y - level + climb) * self.high, 2 * self.soft) * self.inside
-        self.fill(mask if f.side == "bilateral" else mask * (self.x * sign > 0), .66)
-
-    def pleural_other(self, f, sign, j):
-        y0, y1 = (-.2, .2) if f.place == "apical" else (.34 + .06 * j[0], .76 + .08 * j[1])
-        deep = (.18 + .06 * j[2]) * (1 + .12 * self.coarse) - self.depth
-        mask = ramp(deep * (.5 * self.wide), self.soft) * self.inside * (self.x * sign > 0)
-        self.fill(mask * (np.minimum(self.y - y0, y1 - self.y) * 14).clip(0, .9), .62)
-
-    def fracture(self, f, sign, j):  # two ends of one rib, a step apart, and callus
-        gap, phase = self.s["rib_gap"], self.s["rib_phase"]
-        rib = (round((self.spot(f, sign, j)[1] - .078) / gap + phase - .5) + .5 - phase) * gap
-        step = .065 if j[2] > .5 else -.065
-        for ends, shift in (((.46, .60, .74), 0), ((.74, .86, .97), step)):
-            self.stroke([(sign * x, rib + .42 * (x - .35) ** 2 + shift) for x in ends], .026, .66)
-        box, r2 = self.near(sign * .74, rib + .064 + step / 2, .07, .06)
-        self.image[box] += .2 * (1.5 - 1.5 * r2).clip(0, 1)
-
-    def support_devices(self, f, sign, j):
-        thick, *course = DEVICES[f.kind]
-        self.stroke([(sign * x if x > .15 else x, y) for x, y in course], thick, 1.05)
-        if f.kind == "pacemaker":
-            self.stroke([(sign * .74, .22), (sign * .86, .24)], .062, 1.05)
+    def paint(self, f):
+        """Paint a finding; those of the heart and the mediastinum are in heart()."""
+        s, x, y, soft, wide, high = self.s, self.x, self.y, self.soft, self.wide, self.high
+        j, sign = s["jitter"][CLASSES.index(f.name)], 1 if f.side == "left" else -1
+        half = x * sign > 0
+        spot = PLACES.get(f.place, (0, 0))
+        spot = sign * (spot[0] + .1 * j[0]), spot[1] + .08 * j[1]
+        match f.name:
+            case "Lung Opacity":
+                mask = self.blob(*spot, .42 + .1 * j[2], .20 + .05 * j[3], 1.5) * self.lung
+                self.image += mask * (.12 + .07 * self.fine.clip(-1.5, 1.5))
+            case "Consolidation":
+                rough = .3 * self.coarse + .08 * self.fine
+                mask = self.blob(*spot, .46 + .12 * j[2], .21 + .05 * j[3], 1.1, rough)
+                mask = mask.clip(0, .9) * self.lung
+                self.image -= 1.2 * mask * self.vessels  # air bronchograms
+                self.fill(mask, .58)
+            case "Lung Lesion":
+                mass = f.kind == "mass"
+                radius = .087 + .03 * j[2] if mass else .038 + .008 * j[2]
+                away = np.hypot((x - spot[0]) * wide, (y - spot[1]) * high)
+                bumps = .05 * radius * self.coarse if mass else 0
+                self.fill(ramp(.83 * radius - away + bumps, soft), .58)
+            case "Edema":
+                strength = .6 if f.severity == "mild" else 1.
+                self.vessels *= 1 + .9 * strength
+                for side in (-1, 1):
+                    haze = strength * self.blob(side * .42, .56, .62, .46, 1.3)
+                    self.image += haze * (.25 + .05 * self.coarse) * self.lung
+                    for row in np.linspace(.68, .9, 5):  # Kerley lines
+                        ends = (side * .82, row), (side * .97, row)
+                        self.stroke(ends, .006, .3 + .3 * strength)
+            case "Atelectasis":  # thorax() has raised the dome
+                for k in range(1 + (j[1] > .5)):
+                    row = self.dome[sign] - .08 - .04 * j[0] - .09 * k
+                    ends = (sign * (.38 + .1 * j[2]), row), (sign * .9, row + .05 - .03 * k)
+                    self.stroke(ends, .018, .56)
+            case "Pneumothorax":
+                gap = {"mild": .15, "moderate": .25, "severe": .38}[f.severity] * (.95 + .1 * j[0])
+                edge = arch(x, y, 1 - gap, .55 * gap) * (.5 * wide)
+                air = self.lung * half * ramp(-edge, soft)
+                line = self.lung * half * (1 - np.abs(edge) / max(.010, .8 * soft)).clip(0, 1)
+                self.vessels *= 1 - air
+                self.image += .22 * line - .09 * air
+            case "Pleural Effusion":
+                level = {"mild": 1.12, "moderate": .88, "severe": .62}[f.severity]
+                climb = .8 * np.maximum(np.abs(x) - .4, 0) ** 2 - .04 * (j[0] - .5)
+                mask = ramp((y - level + climb) * high, 2 * soft) * self.inside
+                self.fill(mask if f.side == "bilateral" else mask * half, .66)
+            case "Pleural Other":
+                y0, y1 = (-.2, .2) if f.place == "apical" else (.34 + .06 * j[0], .76 + .08 * j[1])
+                deep = (.18 + .06 * j[2]) * (1 + .12 * self.coarse) - self.depth
+                mask = ramp(deep * (.5 * wide), soft) * self.inside * half
+                self.fill(mask * (np.minimum(y - y0, y1 - y) * 14).clip(0, .9), .62)
+            case "Fracture":  # two ends of one rib, a step apart, and callus
+                gap, phase, step = s["rib_gap"], s["rib_phase"], .065 if j[2] > .5 else -.065
+                rib = (round((spot[1] - .078) / gap + phase - .5) + .5 - phase) * gap
+                for ends, shift in (((.46, .60, .74), 0), ((.74, .86, .97), step)):
+                    rib_end = [(sign * at, rib + .42 * (at - .35) ** 2 + shift) for at in ends]
+                    self.stroke(rib_end, .026, .66)
+                self.image += .2 * self.blob(sign * .74, rib + .064 + step / 2, .07, .06, 1.5)
+            case "Support Devices":
+                thick, *course = DEVICES[f.kind]
+                self.stroke([(sign * at if at > .15 else at, row) for at, row in course],
+                            thick, 1.05)
+                if f.kind == "pacemaker":
+                    self.stroke([(sign * .74, .22), (sign * .86, .24)], .062, 1.05)
 
 
 def draw(scene, findings, size):
@@ -788,9 +763,7 @@ def draw(scene, findings, size):
     chest = Chest(scene, size)
     chest.thorax(findings)
     for f in sorted(findings, key=rank):
-        if f.name not in ("Enlarged Cardiomediastinum", "Cardiomegaly"):  # those are in borders()
-            paint = getattr(chest, f.name.lower().replace(" ", "_"))
-            paint(f, 1 if f.side == "left" else -1, scene["jitter"][CLASSES.index(f.name)])
+        chest.paint(f)
     image = chest.image + (chest.vessels + .012 * chest.fine) * chest.lung
     image += scene["grain"] * chest.grain + scene["offset"]
     image = (image * (1.15 * scene["gain"])).clip(0, 1)
