@@ -16,7 +16,6 @@ are the patient's: the patient's left is on the viewer's right. In this order:
 import argparse
 import contextlib
 import csv
-import fnmatch
 import gzip
 import hashlib
 import itertools
@@ -198,15 +197,13 @@ class Item(NamedTuple):
 
 
 def mimic_rows(root, dropped, splits, views):
-    columns = ("dicom_id", "viewposition")
-    frontal = {name for name, view in table(views[0], columns, dropped) if view in ("AP", "PA")}
+    """Yield (split, Item, why it is left out or "") for every film; the other layouts as well."""
+    views = dict(table(views[0], ("dicom_id", "viewposition"), dropped))
     columns = ("dicom_id", "study_id", "subject_id", "split")
     for name, study, subject, split in table(splits[0], columns, dropped):
         folder = f"files/p{subject[:2]}/p{subject}/s{study}"
-        if name in frontal:
-            yield split, Item(f"s{study}", f"{folder}/{name}.jpg", f"{folder}.txt")
-        else:
-            dropped.add("films not frontal (AP, PA), skipped", name)
+        why = "" if views.get(name) in ("AP", "PA") else "films not frontal (AP, PA)"
+        yield split, Item(f"s{study}", f"{folder}/{name}.jpg", f"{folder}.txt"), why
 
 
 def iu_rows(root, dropped, reports, projections):
@@ -215,18 +212,16 @@ def iu_rows(root, dropped, reports, projections):
         if view == "Frontal":
             films.setdefault(uid, []).append(name)
         else:
-            dropped.add("films not frontal, skipped", name)
+            yield "", Item(uid, name, ""), "films not frontal"
     folders = "images/images_normalized", "images_normalized", "images"
     folder = next((f for f in folders if listing(root / f)), "images")
     for uid, *parts in table(reports[0], ("uid", "findings", "impression"), dropped):
-        named = zip(("FINDINGS: ", "IMPRESSION: "), parts)
-        text = " ".join(name + part.strip() for name, part in named if part.strip())
-        if uid not in films:
-            dropped.add("reports without a frontal film, or repeated, skipped", uid)
-        for name in films.pop(uid, ()):
-            yield hash_split(uid), Item(uid, f"{folder}/{name}", text)
-    for name in itertools.chain(*films.values()):
-        dropped.add("films without a report, skipped", name)
+        text = join_sections(dict(zip(("FINDINGS", "IMPRESSION"), parts)))
+        why = "" if uid in films else "reports without a frontal film, or repeated"
+        for name in films.pop(uid, [""]):
+            yield hash_split(uid), Item(uid, f"{folder}/{name}", text), why
+    for uid, names in films.items():
+        yield from (("", Item(uid, name, ""), "films without a report") for name in names)
 
 
 def nih_rows(root, dropped, entries):
@@ -236,11 +231,9 @@ def nih_rows(root, dropped, entries):
     tests = set(official.read_text("latin-1").split()) if official.exists() else None
     columns, known = ("image index", "finding labels", "patient id"), {*NIH, "No Finding"}
     for name, labels, patient in table(entries[-1], columns, dropped):
-        if known.issuperset(labels.split("|")):
-            split = hash_split(patient, None if tests is None else name in tests)
-            yield split, Item(name, f"{where.get(name, 'images')}/{name}", sys.intern(labels))
-        else:
-            dropped.add("films with an unknown label, skipped", f"{name} ({labels})")
+        why = "" if known.issuperset(labels.split("|")) else "films with an unknown label"
+        split = hash_split(patient, None if tests is None else name in tests)
+        yield split, Item(name, f"{where.get(name, 'images')}/{name}", sys.intern(labels)), why
 
 
 def listed_rows(root, dropped, files):
@@ -253,10 +246,10 @@ def listed_rows(root, dropped, files):
             path = re.sub(r"^(?=p\d\d/)", "files/", path.replace("\\", "/"))  # inside MIMIC
             patient = re.search(r"p\d{8}", path) or [path]
             split = split or hash_split(patient[0], named and named[0] == "test")
-            yield split, Item(name or path, path, report, caption)
+            yield split, Item(name or path, path, report, caption), ""
 
 
-LAYOUTS = {  # name: rows(root, dropped, files of each mark) -> (split, Item), and its marks
+LAYOUTS = {  # name: its rows(root, dropped, files of each mark), and the marks
     "MIMIC-CXR-JPG": (mimic_rows, "mimic-cxr-2*-split.csv*", "mimic-cxr-2*-metadata.csv*"),
     "IU / Open-i": (iu_rows, "indiana_reports.csv*", "indiana_projections.csv*"),
     "NIH ChestX-ray14": (nih_rows, "Data_Entry_2017*.csv*"),
@@ -280,7 +273,7 @@ def read_data(source, size, task="report"):
         return {k: Dataset(root, source, k, v, size, dropped, cleaned) for k, v in splits.items()}
     files = sorted(root / name for name in listing(root)) or [root] * os.path.isfile(root)
     root = root.parent if files == [root] else root
-    found = {name: [[f for f in files if fnmatch.fnmatch(f.name, mark)] for mark in marks]
+    found = {name: [[f for f in files if f.match(mark)] for mark in marks]
              for name, (_, *marks) in LAYOUTS.items()}
     found = {name: tables for name, tables in found.items() if all(tables)}
     if not found:
@@ -289,15 +282,16 @@ def read_data(source, size, task="report"):
         raise UserError(f"{source} {problem}; give 'phantom' or a folder of one of: {wanted}")
     layout = "CheXGenBench" if "CheXGenBench" in found and task == "image" else next(iter(found))
     splits, seen = {"train": [], "val": [], "test": []}, set()
-    for name, item in LAYOUTS[layout][0](root, dropped, *found[layout]):
+    for name, item, why in LAYOUTS[layout][0](root, dropped, *found[layout]):
         split = SPLITS.get(name.strip().lower()[:3])
-        reason = ("rows of an unknown split" if not split else
-                  "rows without an image" if not item.path else
-                  "paths out of the data folder" if re.search(r"^/|(^|/)\.\.(/|$)", item.path) else
-                  "images listed before" if item.path in seen else
-                  "empty reports" if not item.report.strip() else "")
-        if reason:
-            dropped.add(f"{reason}, skipped", f"{item.path} {name}")
+        why = why or (
+            "rows of an unknown split" if not split else
+            "rows without an image" if not item.path else
+            "paths out of the data folder" if re.search(r"^/|(^|/)\.\.(/|$)", item.path) else
+            "images listed before" if item.path in seen else
+            "empty reports" if not item.report.strip() else "")
+        if why:
+            dropped.add(f"{why}, skipped", f"{item.path} {name}")
         else:
             seen.add(item.path)
             splits[split].append(item)
@@ -413,8 +407,6 @@ class Dataset:
 
     def account(self, samples):
         """Count what is new in the samples' notes. UserError where too much is broken."""
-        if self.layout == "phantom":
-            return
         for i, reason, path in itertools.chain(*(sample["notes"] for sample in samples)):
             if reason and i not in self.seen:
                 if reason not in self.dropped:
@@ -1200,7 +1192,7 @@ def clean_sentence(sentence):
 
 
 def join_sections(sections):
-    return " ".join(f"{k}: {' '.join(v.split())}" for k, v in sections.items() if v)
+    return " ".join(f"{k}: {' '.join(v.split())}" for k, v in sections.items() if v.strip())
 
 
 def clean_report(text):
