@@ -1,16 +1,9 @@
 """Films and reports in, batches out (ours; the paper prepares its data as Sec. 3.4 says).
 
 A film is grey, uint8 (h, w). A report is `FINDINGS: ... IMPRESSION: ...`, or one of the two. Sides
-are the patient's: the patient's left is on the viewer's right. In this order:
-
-    films           read_image, square, vit_pixels, vae_pixels
-    data folders    read_data: MIMIC-CXR-JPG, IU, NIH, CheXGenBench, metadata.csv
-    batches         open_data, Dataset, batches
-    phantoms        phantom: drawn films without end; heart_width measures a film
-    their reports   write_report
-    labels          label_report, locate: what a report says of the 14 classes of CheXpert
-    cleaning        clean_report, clean_checked: what a film cannot show goes
-    a first look    sheet; `python data.py DIR`
+are the patient's: the patient's left is on the viewer's right. In this order: films, data folders,
+batches, phantoms (drawn films without end) and their reports, labels of reports, cleaning of
+reports, a first look at a folder (`python data.py DIR`).
 """
 
 import argparse
@@ -20,7 +13,6 @@ import gzip
 import hashlib
 import itertools
 import json
-import operator
 import os
 import re
 import sys
@@ -68,9 +60,8 @@ FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # no EPS: that would st
 def read_image(path, at_least=0):
     """File -> uint8 (h, w) grey, upright as its EXIF says. UserError if it is no readable image.
 
-    Deeper than 8 bits: the lowest value becomes black and the highest white, so a 12-bit film in a
-    16-bit file keeps its contrast. What is transparent becomes black, like padding. `at_least`: a
-    JPEG may be decoded at 1/2, 1/4 or 1/8 with no side shorter than that (several times faster).
+    Deeper than 8 bits: the lowest value becomes black and the highest white. What is transparent
+    becomes black. `at_least`: a JPEG may be decoded smaller, with no side shorter (much faster).
     """
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give the path of an image")
@@ -148,11 +139,9 @@ def table(path, columns, dropped):
                     raise UserError(f"{path} has no column '{column}', only "
                                     f"{', '.join(header)[:200] or 'an empty first line'}; add it")
                 at.append(header.index(names[0]) if names else -1)
-            pick, last = operator.itemgetter(*at), max(at)
             for row in rows:
-                if len(row) > last:
-                    row.append("")  # what an absent column, -1, picks
-                    yield pick(row)
+                if len(row) > max(at):
+                    yield [row[i] if i >= 0 else "" for i in at]
                 elif row:
                     dropped.add(f"rows of {path.name} cut short, skipped", row[0])
     except (OSError, EOFError, zlib.error, csv.Error) as error:
@@ -262,11 +251,9 @@ SPLITS = {"tra": "train", "val": "val", "dev": "val", "tes": "test"}  # validate
 
 
 def read_data(source, size, task="report"):
-    """'phantom' or a data folder (or one table of it) -> {"train", "val", "test": Dataset}.
-
-    No image is looked at. Where CheXGenBench's prompts lie in another layout's folder, the task
-    "image" takes these. UserError if the folder or a table is missing, unknown or broken.
-    """
+    """'phantom' or a data folder (or one table of it) -> {"train", "val", "test": Dataset}; looks
+    at no image. Where CheXGenBench's prompts lie in another layout's folder, the task "image" takes
+    these. UserError if the folder or a table is missing, unknown or broken."""
     root, dropped, cleaned = Path(source), Dropped(), {}
     splits = {"train": range(ENDLESS), "val": range(512), "test": range(512)}
     if source == "phantom":
@@ -427,12 +414,9 @@ def shuffled(n, seed, epoch):
 
 
 def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
-    """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)}
-    (or whatever the data set's samples hold: texts as lists, all else stacked).
-
-    The k-th depends on (seed, k) alone, so start_step resumes, and `workers` changes nothing.
-    Rank r of `world` gets its b = batch_size / world rows of each batch.
-    """
+    """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)},
+    or whatever the data set's samples hold. The k-th depends on (seed, k) alone, so start_step
+    resumes, and `workers` changes nothing. Rank r gets its b = batch_size / world rows of each."""
     import torch  # here: a first look does without
     if batch_size % world:
         raise UserError(f"a batch of {batch_size} does not divide among {world} processes")
@@ -633,7 +617,8 @@ class Chest:
         left = stalk + (.9 + more - right - stalk) * np.sin(np.pi / 2 * down) ** 1.4 + knob
         right = stalk + (right - stalk) * np.sin(np.pi / 2 * np.minimum(1.7 * down, 1)) ** 1.4
         sink, x, soft = 1 - 3 * np.maximum(y - 1, 0) ** 2, x - s["turn"], 1.5 * self.soft
-        return ramp((left * sink - x) * self.wide, soft) * ramp((x + right * sink) * self.wide, soft)
+        left, right = (left * sink - x) * self.wide, (right * sink + x) * self.wide
+        return ramp(left, soft) * ramp(right, soft)
 
     def thorax(self, findings):
         """Paint the chest itself, and keep the masks that the findings need."""
@@ -699,11 +684,9 @@ class Chest:
                 self.image -= 1.2 * mask * self.vessels  # air bronchograms
                 self.fill(mask, .58)
             case "Lung Lesion":
-                mass = f.kind == "mass"
-                radius = .087 + .03 * j[2] if mass else .038 + .008 * j[2]
+                r, bumps = (.087 + .03 * j[2], .05) if f.kind == "mass" else (.038 + .008 * j[2], 0)
                 away = np.hypot((x - spot[0]) * wide, (y - spot[1]) * high)
-                bumps = .05 * radius * self.coarse if mass else 0
-                self.fill(ramp(.83 * radius - away + bumps, soft), .58)
+                self.fill(ramp(.83 * r - away + r * bumps * self.coarse, soft), .58)
             case "Edema":
                 strength = .6 if f.severity == "mild" else 1.
                 self.vessels *= 1 + .9 * strength
@@ -744,8 +727,8 @@ class Chest:
                 self.image += .2 * self.blob(sign * .74, rib + .064 + step / 2, .07, .06, 1.5)
             case "Support Devices":
                 thick, *course = DEVICES[f.kind]
-                self.stroke([(sign * at if at > .15 else at, row) for at, row in course],
-                            thick, 1.05)
+                course = [(sign * at if at > .15 else at, row) for at, row in course]
+                self.stroke(course, thick, 1.05)
                 if f.kind == "pacemaker":
                     self.stroke([(sign * .74, .22), (sign * .86, .24)], .062, 1.05)
 
@@ -782,11 +765,9 @@ def phantom(split, index, size):
 
 
 def heart_width(image):
-    """Measure the cardiothoracic ratio of a frontal film, uint8 (size, size), at 256 px.
-
-    Outwards from the midline, the first dark pixel of a row is the border of the heart; it counts
-    where it stands upright just above the diaphragm. Unseen, it is taken to be a normal heart's.
-    """
+    """Measure the cardiothoracic ratio of a frontal film, uint8 (size, size), at 256 px. Outwards
+    from the midline, the first dark pixel of a row is the border of the heart; it counts where it
+    stands upright just above the diaphragm. Unseen, it is taken to be a normal heart's."""
     film = Image.fromarray(image).resize((256, 256), Image.BICUBIC).filter(ImageFilter.BoxBlur(3))
     film, heart, chest = np.asarray(film, np.float32), 0, 0
     middle = np.median(film[110:192, 118:138])
@@ -897,72 +878,65 @@ def write_report(findings, rng):
 # ---------------------------------------------------------------- labels: tables
 # Regular expressions over lower-case whole words, "-" read as a space.
 HEARTS, MEDIASTINUM = r"(?:heart|cardiac|cardio ?mediastinal)", r"(?:cardio ?)?mediastin(?:um|al)"
-GAP = r"(?:(?!normal|unremark|enlarge|widen|with)[\w,/]+ ){0,9}?"  # from a noun to its verdict
-NORMAL_WORDS = r"(?:normal|unremarkable|not (?:\w+ )?(?:enlarged|widened))"
+GAP = r"(?:(?!normal|with)[\w,/]+ ){0,9}?"  # from a noun to its verdict
+ENLARGED = (r"(?:enlarge|widen)\w* (?:of )?(?:the )?(?:\w+ )?NOUN|(?:large|borderline) NOUN"
+            rf"|NOUN {GAP}(?:(?:enlarge|widen)\w*|(?:is|remains|appears) (?:\w+ )?large)")
+NORMAL_SIZE = (rf"NOUN {GAP}(?:normal|unremarkable|not (?:\w+ )?(?:enlarged|widened))"
+               r"|normal (?:\w+ ){0,3}NOUN")
 AIRSPACE = r"air ?spaces? (?:disease|process)|infiltrat\w+"
 MENTIONS = {  # class -> phrases that say it is there
-    "Enlarged Cardiomediastinum": rf"(?:widen|enlarge)\w* (?:\w+ ){{0,3}}{MEDIASTINUM}"
-        rf"|{MEDIASTINUM} {GAP}(?:widen|enlarge)\w*",
-    "Cardiomegaly": rf"cardiomegaly|(?:enlarge\w*|large|big|borderline) (?:of (?:the )?)?{HEARTS}"
-        rf"|{HEARTS} {GAP}(?:enlarge\w*|(?:is|remains|appears) (?:\w+ )?large)",
-    "Lung Opacity": rf"opaci\w+|{AIRSPACE}|reticulation"
-        r"|(?:increased|patchy|streaky|hazy|linear|vague|ill defined|basilar|focal) densit\w+"
-        r"|(?:interstitial|reticular) (?:lung )?(?:\w+ )?(?:markings?|pattern|disease|thickening)",
-    "Lung Lesion": r"nodules?|nodular (?:lesions?|opaci\w+|densit\w+|mass\w*)|mass(?:es)?|tumou?rs?"
-        r"|neoplasms?|carcinomas?|cavit(?:ary|ation)\w*"
-        r"|(?:lung|pulmonary) (?:cancer|lesions?|metas\w+)",
-    "Edema": r"edema|(?:heart|congestive) failure|chf|congestion"
-        r"|vascula\w+ (?:prominence|engorgement|redistribution|indistinctness)"
-        r"|prominen\w+ (?:of the )?(?:\w+ )?(?:pulmonary )?vascula\w+",
+    "Enlarged Cardiomediastinum": ENLARGED.replace("NOUN", MEDIASTINUM),
+    "Cardiomegaly": "cardiomegaly|" + ENLARGED.replace("NOUN", HEARTS),
+    "Lung Opacity": rf"opaci\w+|{AIRSPACE}|(?:increased|patchy|hazy|focal) densit\w+"
+        r"|(?:interstitial|reticular) (?:\w+ )?(?:markings?|pattern|disease|thickening)",
+    "Lung Lesion": r"nodules?|nodular (?:lesions?|opaci\w+|densit\w+)|mass(?:es)?|tumou?rs?"
+        r"|neoplasms?|carcinomas?|(?:lung|pulmonary|cavitary) (?:cancer|lesions?|metas\w+)",
+    "Edema": r"edema|(?:heart|congestive) failure|chf|congestion|prominen\w+ (?:\w+ ){0,4}vascula\w+"
+        r"|vascula\w+ (?:prominence|engorgement|redistribution)",
     "Consolidation": rf"consolidat\w+|{AIRSPACE}",
     "Pneumonia": r"(?:broncho)?pneumonias?|pneumonitis|(?<!granulomatous )infecti\w+",
     "Atelectasis": r"atelecta\w+|(?:lung|lobe|lobar) collapse|collapse of the \w+",
     "Pneumothorax": r"(?:hydro)?pneumothora\w+",
-    "Pleural Effusion":
-        r"(?<!pericardial )effusions?|pleural fluid|(?:hydropneumo|hemo)thora\w+|empyema",
-    "Pleural Other": r"pleural (?:\w+ )?(?:thickening|scar\w*|plaques?|calcifications?)|fibrothorax"
-        r"|pleuro ?parenchymal (?:\w+ )?scar\w*",
+    "Pleural Effusion": r"(?<!pericardial )effusions?|pleural fluid|(?:hydropneumo|hemo)thora\w+",
+    "Pleural Other": r"pleural (?:\w+ )?(?:thickening|scar\w*|plaques?|calcifications?)",
     "Fracture": r"fractur\w+",
     "Support Devices":
         r"catheters?|pace(?:maker|r)s?|piccs?|tubes?|(?:medi)?ports?|leads?|stents?|a?icd|drains?"
-        r"|\w*stimulators?|defibrillator|generator|devices?|hardware|dobbhoff|swan ganz"
-        r"|(?:prosthetic|mechanical|artificial) (?:\w+ )?valves?|valv\w+ (?:replacement|prosthesis)"
-        r"|(?:central|venous|ij|jugular|subclavian|arterial) lines?"
-        r"|lines?(?= (?:\w+ ){0,3}(?:tip|terminat|end|in place|position))"
-        r"|tips?(?= (?:\w+ ){0,6}(?:svc|cava|caval|cavoatrial|atri\w+|stomach|carina))"}
+        r"|\w*stimulators?|defibrillator|generator|devices?|hardware|valv\w+ replacement"
+        r"|(?:prosthetic|mechanical) (?:\w+ )?valves?|(?:central|venous|ij|jugular|arterial) lines?"
+        r"|lines?(?= (?:\w+ ){0,3}(?:tip|terminat|end|in place))"
+        r"|tips?(?= (?:\w+ ){0,6}(?:svc|cav\w+|atri\w+|stomach|carina))"}
 NORMALS = {  # class -> phrases that say by themselves that it is not there
-    "Enlarged Cardiomediastinum":
-        rf"{MEDIASTINUM} {GAP}{NORMAL_WORDS}|normal (?:\w+ ){{0,3}}{MEDIASTINUM}",
-    "Cardiomegaly": rf"{HEARTS} {GAP}{NORMAL_WORDS}|normal (?:\w+ ){{0,2}}{HEARTS}",
+    "Enlarged Cardiomediastinum": NORMAL_SIZE.replace("NOUN", MEDIASTINUM),
+    "Cardiomegaly": NORMAL_SIZE.replace("NOUN", HEARTS),
     "Lung Opacity": r"lungs? (?:\w+ ){0,4}clear(?! of)|clear (?:\w+ ){0,2}lungs?",
     "Pleural Effusion": r"pleural spaces (?:\w+ )?clear"}
-NO_CUE = r"no (?:\w+ ){0,3}changes?(?: (?:in|of))?|(?:without|not) (?:\w+ )?changed?|not only"
+NO_CUE = r"no (?:\w+ ){0,3}changes?|(?:without|not) (?:\w+ )?changed?|not only"
+EXCLUDE = r"(?:can ?not|not|difficult to) (?:be )?(?:\w+ )?(?:excluded?|ruled? out)"
 NOT = r"not(?! (?:\w+ ){0,2}(?:exclude|rule))"
-EXCLUDE = r"(?:is |are )?(?:can ?not|not|difficult to) (?:be )?(?:\w+ )?(?:excluded?|ruled? out)"
 NEGATION = (  # cues in front of a mention, cues behind it
-    rf"no|{NOT}|without|negative for|n?either|nor|(?:resolution|removal) of"
-    r"|(?:free|clear|absence|lack|clearing) of|^ ?(?:interval )?resolved",
-    rf"(?:(?:is|are|was|were|has|have|may|can) )?(?:{NOT}|no longer)|: (?:no|none|absent|negative)"
-    r"|(?:(?:has|have) )?(?:been )?(?:completely )?(?:removed|resolved|cleared)|has been excluded"
-    r"|(?:is|are) (?:absent|(?:\w+ )?unlikely)|(?:is|are|appears?) (?:within|normal)")
+    rf"no|{NOT}|without|negative for|n?either|nor|^ ?(?:interval )?resolved"
+    r"|(?:resolution|removal|free|clear|absence|lack|clearing) of",
+    rf"{NOT}|no longer|: (?:no|none|absent|negative)|(?:completely )?(?:removed|resolved|cleared)"
+    r"|absent|(?:\w+ )?unlikely|(?:is|are|appears?) (?:within|normal)")
 UNCERTAINTY = (
     r"may|might|could|possibl[ey]|potential(?:ly)?|suggest\w*|suspect\w*|suspicious for|question\w*"
     rf"|concern\w*|versus|vs|differential|correlate|evaluate for|equivocal|rule out|{EXCLUDE}",
-    rf"{EXCLUDE}|versus|vs|(?:is |are )?less likely"
-    r"|(?:is|are) (?:\w+ )?(?:possible|suspected)|(?:may|might|could) be (?:present|considered)"
-    r"|(?:is )?(?:\w+ )?(?:in the differential|consideration|possibility|concern)")
+    rf"{EXCLUDE}|versus|vs|less likely"
+    r"|(?:\w+ )?(?:possible|suspected|in the differential|consideration|possibility|concern)")
 CLAUSE_RE = re.compile(  # a cue reaches through its clause; these begin a new one
-    r";|\b(?:but|however|although|though|except|aside from|apart from|other than|otherwise|which"
-    r"|while|whereas|there (?:is|are)|and the)\b"
-    r"|\bwith (?=(?:\w+ )?(?:small|mild|moderate|large|bilateral|left|right)\b)"
-    r"|, (?=(?:\w+ )?(?:small|mild|moderate|large|left|right)\b)(?!.*(?:\b(?:n?or|and)\b|/))")
+    r";|\b(?:but|however|although|though|except|aside from|other than|otherwise|which|while|whereas"
+    r"|there (?:is|are)|and the)\b"
+    r"|(?:, |\bwith )(?=(?:\w+ )?(?:small|mild|moderate|large|bilateral|left|right)\b)"
+    r"(?!.*(?:\b(?:n?or|and)\b|/))")
 SEVERITY = {  # in rising order
-    "mild": r"mild(?:ly)?|small|minimal(?:ly)?|slight(?:ly)?|tiny|trace|borderline|minor|subtle",
-    "moderate": r"moderate(?:ly)?|medium",
+    "mild": r"(?:mild|minimal|slight)(?:ly)?|small|tiny|trace|borderline|minor|subtle",
+    "moderate": r"moderate(?:ly)?",
     "severe": r"(?:severe|marked|massive|gross|substantial|significant)(?:ly)?|large|extensive"}
 BOTH = r"bilateral(?:ly)?|both|bibasilar|bibasal|biapical|(?:greater|larger|worse) (?:on|at|in) the"
-REPORT = (r"normal|unremarkable|clear|acute|disease|abnormalit\w+|findings?|chest|lungs?|heart"
-          r"|cardiac|thoracic|pulmonary|spine|bon[ey]\w*|osseous|ribs?|deformity|vertebra\w*")
+# between a mention and a cue behind it stand at most one verb and no comma
+VERB = r"\b(?:is|are|was|were|has|have|may|might|could|can)(?: be| been)?\b"
+NEAR = rf"(?:(?!{VERB}|\bwith\b)[^,;]){{0,40}}?(?:{VERB} )?"
 
 
 def whole_words(phrases, lead=""):
@@ -972,10 +946,9 @@ def whole_words(phrases, lead=""):
 MENTION_RE, NORMAL_RE, SEVERITY_RE = ({k: whole_words(p) for k, p in table.items()}
                                       for table in (MENTIONS, NORMALS, SEVERITY))
 SIDE_RE = {s: whole_words(rf"(?<!to the ){s}|{BOTH}") for s in SIDES}
-NO_CUE_RE, REPORT_RE = whole_words(NO_CUE), whole_words(REPORT)
+NO_CUE_RE, REPORT_RE = whole_words(NO_CUE), whole_words(  # what makes a text a report
+    r"normal|clear|acute|disease|abnormalit\w+|chest|lungs?|heart|bon[ey]\w*|spine|deformity")
 JOINT_RE = re.compile(r",|\b(?:and|or|with)\b")
-# between a mention and a cue behind it there is no other verb and no comma
-NEAR = r"(?:(?!\b(?:is|are|was|were|has|have|with|may|might|could)\b)[^,;]){0,40}?"
 CUES_RE = [(whole_words(front), whole_words(behind, NEAR))
            for front, behind in (NEGATION, UNCERTAINTY)]
 
@@ -989,11 +962,9 @@ def split_sentences(text):
 
 @lru_cache(1 << 16)
 def read_sentence(sentence):
-    """One lower-case sentence -> tuple of (class, 1 | 0 | -1, sides, severity), one a mention.
-
-    Side and severity stand between the joints (comma, and, or, with) next to the mention; a
-    mention that names no side takes the sides of its sentence.
-    """
+    """One lower-case sentence -> tuple of (class, 1 | 0 | -1, sides, severity), one a mention. Side
+    and severity stand between the joints (comma, and, or, with) next to the mention; one that
+    names no side takes the sides of its sentence."""
     def sides(phrase):
         return frozenset(side for side, pattern in SIDE_RE.items() if pattern.search(phrase))
 
@@ -1027,11 +998,10 @@ def find_mentions(text):
 def label_report(text):
     """Report -> {class: 1 positive | 0 negative | -1 uncertain}; classes not mentioned are absent.
 
-    In the spirit of the CheXpert labeler (Irvin et al. 2019): phrases are found in findings and
-    impression, then a cue of negation or uncertainty in the same clause changes them; over a
-    report positive wins, then uncertain. "No Finding" is 1 when no class is positive or uncertain,
-    Support Devices aside (as in CheXpert); it is absent otherwise, or where nothing reads like a
-    report. Unlike CheXpert, "infiltrate" and "airspace disease" count as Consolidation too (ours).
+    In the spirit of the CheXpert labeler (Irvin et al. 2019): a cue of negation or uncertainty in
+    its clause changes a phrase; over a report positive wins, then uncertain. "No Finding" is 1 when
+    no class but Support Devices is positive or uncertain, and the text reads like a report. Unlike
+    CheXpert, "infiltrate" and "airspace disease" count as Consolidation too (ours).
     """
     labels = {}
     for c, value, _, _ in find_mentions(text):
@@ -1062,34 +1032,31 @@ STUDY = (r"(?:views?|radiographs?|images?|imaging|films?|x-?(?:rays?|___)|exam(?
 VIEW = (rf"(?:{STUDY}|pa|ap|frontal|lateral|portable|upright|supine|chest|the|an?|of|on|at|from|for"
         r"|in|dated|performed)")
 VIEWS = (rf"(?:{VIEW}|single|one|two|three|\d|and|as|with|was|were|is|are|obtained|provided"
-         r"|available|submitted|reviewed|patient|position|final|report|thorax)\b[\s,.()-]*")
+         r"|available|submitted|reviewed|patient|position|final|report)\b[\s,.()-]*")
 OLD = r"(?:prior|previous|last|earlier|old|preceding|outside|yesterday)"
 EARLIER = (  # "the prior study of ___", "___", "prior chest CT", ...
-    rf"(?=(?:(?:the|an?|most|recent|her|his|chest|from) )*(?:{OLD}|study|exam|ct|pa|___)\b)"
-    rf"(?:(?:{VIEW}|{OLD}|most|recent|multiple|her|his|same|day|today|comparison|and(?= lateral)"
-    r"|tomography|date|hours?)\b(?:,(?= ___))? *)+")
+    rf"(?=(?:(?:the|an?|most|recent|her|his|chest|from) )*(?:{OLD}|study|exam|ct|pa|___)\b)(?:"
+    rf"(?:{VIEW}|{OLD}|most|recent|her|his|same|day|comparison|and(?= lateral)|tomography|date"
+    r"|hours?)\b(?:,(?= ___))? *)+")
 SEEN = r"(?:seen|noted|demonstrated|described|visuali[sz]ed|identified|present|evident)"
 BE = r"(?:(?:that |which )?(?:is|are|has|have|has been|have been|appears?))"
-ADVERB = (r"(?:(?:also|otherwise|overall|not|very|somewhat|interval|significant|relevant|definite"
-          r"|substantial|further|appreciable|(?:significant|substantial|slight|mild|moderate|marked"
-          r"|minimal|relative|essential|gross|large|near|like)ly),? )*")
+ADVERB = (r"(?:(?:(?!cardio|like|poss|prob|potent)\w+ly|also|otherwise|overall|not|very|somewhat"
+          r"|interval|significant|relevant|definite|substantial|further|appreciable),? )*")
 RULES = [  # (name, pattern, what takes its place; None: the whole sentence goes), in this order
     ("communication", r"\b(?:discussed|communicated|notified|informed|relayed|conveyed|called|paged"
-     r"|reported|reviewed)\b.*(?:\b(?:dr|(?:tele)?phone|pager|physicians?|nurse|team|md|results?)\b"
-     r"|___)|\bdr\b.*\b(?:notified|aware|telephone)\b|critical result", None),
-    ("no earlier study", r"\bno (?:(?:relevant|recent|other|direct|available|chest) )*(?:comparison"
-     rf"|{OLD})\b.*\b(?:available|comparison|{STUDY})\b|^comparison|^(?:none|not) available"
-     r"|for .*comparison", None),
+     r"|reported|reviewed)\b.*(?:\b(?:dr|(?:tele)?phone|physicians?|nurse|team|md|results?)\b|___)"
+     r"|\bdr\b.*\b(?:notified|aware|telephone)\b|critical result", None),
+    ("no earlier study", rf"\bno (?:(?:relevant|recent|other|chest) )*(?:comparison|{OLD})\b.*"
+     rf"\b(?:available|comparison|{STUDY})\b|^comparison|^(?:none|not) available|for .*comparison",
+     None),
     ("view", rf"^(?:{VIEWS})+$|\bexamination consists of|\bwere obtained\b", None),
     ("hidden subject", r"^(?:the |visualized )?___ (?:___ )*(?:is|are|appears?|intact)\b", None),
-    ("date", r"\b(?:\d\d?:\d\d(?: ?hours| ?[ap]m)?|\d\d?/\d\d?/\d{2,4}|\d{4}-\d\d-\d\d"
-     r"|[a-z]{3,9} \d\d?,? (?:19|20)\d\d)\b", "___"),
     ("earlier study", r",?\s*(?:(?:\b(?:in|as|when|by) )?\b(?:compar(?:ed|ison)|relation)"
      r"(?: is made)? (?:to|with|from)|\b(?:as )?(?:since|from|relative to|(?:to|than|on|with)"
      rf"(?= (?:\w+ ){{0,2}}(?:prior|previous|earlier|ct)(?: (?:\w+ ){{0,2}}{STUDY}|\W*$)))"
      rf"|\b(?:(?:that|which) )?(?:was |were )?not (?:\w+ )?{SEEN} (?:on|in)) {EARLIER}", " "),
-    ("technique", r"^(?:considering|accounting for|given) (?:differences in )?(?:technical factors"
-     r"|technique),?| (?:for|given) (?:the )?(?:ap |portable )*(?:technique|projection)\b", ""),
+    ("technique", r"^(?:considering|accounting for|given) (?:differences in )?tech\w+(?: factors)?"
+     r",?| (?:for|given) (?:the )?(?:ap |portable )*(?:technique|projection)\b", ""),
     ("view shows", rf"^(?:{VIEWS})+(?:demonstrates?|shows?|reveals?)(?: that)? ", ""),
     ("on a view", rf",?\s+(?:(?:(?:as|best|only|also|well) )*{SEEN} )?(?:only )?on (?:the )?"
      r"(?:lateral|frontal|pa|ap) (?:view|projection|radiograph|image|film)s?\b", ""),
@@ -1103,20 +1070,19 @@ RULES = [  # (name, pattern, what takes its place; None: the whole sentence goes
      r"no \1"),
     ("remains", r"\b(?:remains|continues to be)\b", "is"),
     ("remain", r"\b(?:remain|continue to be)\b", "are"),
-    ("has increased", rf"\b(?:(?:has|have)(?: been)? {ADVERB}(?:increased|decreased|developed"
-     rf"|appeared|enlarged|improved|worsened|progressed|repositioned)|{BE} {ADVERB}(?:worse|larger"
-     r"|smaller)(?! than| on))(?: in size| in extent)?(?: and(?= is| are))?", ""),
+    ("has increased", rf"\b(?:(?:has|have)(?: been)? {ADVERB}(?:increas|decreas|develop|appear"
+     rf"|enlarg|improv|worsen|progress|reposition)ed|{BE} {ADVERB}(?:worse|larger|smaller)"
+     r"(?! than| on))(?: in size| in extent)?(?: and(?= is| are))?", ""),
     ("increase in", rf"\b(?:the )?{ADVERB}(?:(?:slight|mild) )?(?:increase|decrease|improvement"
      r"|worsening|development) (?:in|of) (?:the )?(?:(?:size|extent) of (?:the )?)?", ""),
-    ("increased effusion", rf"\b{ADVERB}(?:increas(?:ed|ing)|decreas(?:ed|ing)|larger|smaller)"
-     r" (?=(?:[\w-]+ ){0,4}(?:effusion|pneumo|edema|atelecta|consolid|congesti|cardiomeg|nodul"
-     r"|mass|opaci|infiltrat))", ""),
+    ("increased effusion", rf"\b{ADVERB}(?:(?:in|de)creas(?:ed|ing)|larger|smaller) (?=(?:[\w-]+ )"
+     r"{0,4}(?:effusion|pneumo|edema|atelec|consolid|congest|cardiomeg|nodul|mass|opaci|infiltr))",
+     ""),
     ("stable", rf"(?:(?<=normal )and )?\b{ADVERB}(?:stable|(?:un)?changed|similar|the same|interval"
      r"|persist(?:ent|ing|ently)|worsen(?:ing|ed)|improv(?:ing|ed)|progressive|resolving|evolving"
      r"|new|residual|pre-?existing|now|in the inter(?:val|im)|with(?:out change| interval"
-     r" improvement))\b(?: appearing)?(?:,? (?:in|since|over) (?:the |overall )?(?:\w+ and )?"
-     r"(?:appearance|size|position|extent|interval|configuration))?(?: appearance of(?: the)?)?",
-     ""),
+     r" improv\w+))\b(?: appearing)?(?:,? (?:in|since|over) (?:the |overall )?(?:\w+ and )?"
+     r"(?:appearance|size|position|extent|interval|configuration))?(?: appearance of(?: the)?)?", ""),
     ("is and", rf"\b({BE})\s+(?:and|but|with)(?= (?:\w+ )?(?:normal|not|within|unremarkable|at"
      r"|enlarged|mild|borderline|clear|intact))", r"\1"),
     ("verb alone", rf"(?<=there is)\s*,|,?\s*(?<!there )\b{BE}(?=\s*(?:[.,;]|$|and\b))", ""),
@@ -1128,12 +1094,14 @@ RULES = [  # (name, pattern, what takes its place; None: the whole sentence goes
     ("bad start", r"^(?:[\W_]|(?:and|but|with|which|however|is|are)\b)+", ""),
     ("bad end", r"(?:[\s,;:.!?-]|\b(?:and|or|but|with|that|the|is|are|of|not|as|may|be"
      r"|significantly|slightly)\b)+$", ""),
-    ("nothing left", r"^(?:(?:this|findings?|the|and|of|is|are|has|have|with|in|a|heart|cardiac"
-     r"|size|cardio-?mediastinal|mediastin\w+|hilar|hila|silhouettes?|contours?|appearance|chest"
-     r"|lungs?|pulmonary|exam|aeration|basilar|no|structures|there|position|also|or|as|at|on|for"
-     r"|noted)\b\W*)*$", None)]
+    ("nothing left", r"^(?:(?:these|it|left|right|inferior|superior|changes?|this|findings?|the|and"
+     r"|of|is|are|has|have|with|in|a|heart|cardiac|size|cardio-?mediastinal|mediastin\w+|hilar|hila"
+     r"|silhouettes?|contours?|appearance|chest|lungs?|pulmonary|exam|aeration|basilar|no|there"
+     r"|structures|position|also|or|as|at|on|for|noted)\b\W*)*$", None)]
 RULES_RE = {name: (re.compile(p, re.I), new) for name, p, new in RULES}
-MARK_RE = re.compile(r"\[\*\*[^]]{0,80}\*\*\]|<?(?:_{2,}|X{3,})>?|\0")
+MARK_RE = re.compile(  # a mark of de-identification, a time or a date
+    r"\[\*\*[^]]{0,80}\*\*\]|<?(?:_{2,}|X{3,})>?|\0|\b(?:\d\d?:\d\d(?: ?hours| ?[ap]\.?m)?"
+    r"|\d\d?/\d\d?/\d{2,4}|\d{4}-\d\d-\d\d|(?i:[a-z]{3,9} \d\d?,? (?:19|20)\d\d))\b")
 TITLE_RE = re.compile(r"\b(Dr|Mr|Mrs|Ms|vs|[ap]\.m)\.", re.I)
 HEADERS = {
     "FINDINGS": r"findings?(?:(?: and |/)impressions?)?",
@@ -1150,12 +1118,10 @@ HEADER_RE = re.compile(
 
 # ---------------------------------------------------------------- cleaning: sections and reports
 def split_sections(text):
-    """Report -> {"FINDINGS": ..., "IMPRESSION": ...}, only those that it has.
-
-    Headers come in any order and case, with a colon or alone on a line. Without a FINDINGS header
-    the findings are what stands under no header: before the first one, after "FINAL REPORT" or
-    "CHEST, PA AND LATERAL:", or in paragraphs after a blank line. Without any header, everything.
-    """
+    """Report -> {"FINDINGS": ..., "IMPRESSION": ...}, only those that it has. Headers come in any
+    order and case, with a colon or alone on a line. Without a FINDINGS header the findings are what
+    stands under none: before the first, after "FINAL REPORT" or "CHEST, PA AND LATERAL:", or after
+    a blank line."""
     text = re.sub(r"[^\S\n]+", " ", text)
     sections = {"FINDINGS": "", "IMPRESSION": "", "BODY": ""}
     section, start = "BODY", 0
@@ -1174,9 +1140,6 @@ def split_sections(text):
     return {k: v.strip() for k, v in sections.items() if v.strip()}
 
 
-LEFTOVERS = {"these", "this", "it", "left", "right", "inferior", "superior", "change", "changes"}
-
-
 @lru_cache(1 << 16)
 def clean_sentence(sentence):
     """One sentence without what its film cannot show; "" where nothing is left."""
@@ -1186,8 +1149,6 @@ def clean_sentence(sentence):
         elif pattern.search(sentence):
             return ""
     sentence = re.sub(r"\b([Aa])n(?=\s+[b-df-gj-np-tv-z])", r"\1", sentence)  # an unchanged heart
-    if sentence.strip().lower() in LEFTOVERS:
-        return ""
     return sentence[0].upper() + sentence[1:] + "."
 
 
@@ -1197,10 +1158,7 @@ def join_sections(sections):
 
 def clean_report(text):
     """Report -> "FINDINGS: ... IMPRESSION: ..." as the paper trains on, "" where nothing is left.
-
-    `RULES` names what goes: de-identification marks, earlier studies, views, technique, people,
-    times. Change is restated as present ("increased effusion" -> "effusion").
-    """
+    `RULES` names what goes; change is restated as present ("increased effusion" -> "effusion")."""
     cleaned = {}
     for name, section in split_sections(text).items():
         section = TITLE_RE.sub(lambda m: m[1].replace(".", ""), MARK_RE.sub(" ___ ", section))
@@ -1227,6 +1185,12 @@ person? Answer YES, or NO and the first fault.\n\nOriginal: {report}\n\nCleaned:
 
 
 # ---------------------------------------------------------------- a first look
+def save_film(image, path):
+    """Write a film, uint8 (h, w) or (h, w, 3), as PNG, whole or not at all."""
+    with atomic(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG")
+
+
 def sheet(images, captions, columns, path):
     """Write a PNG of films, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
     font, cells, gap = ImageFont.load_default(13), [], 8
@@ -1238,23 +1202,15 @@ def sheet(images, captions, columns, path):
         lines = (textwrap.fill(line, int(.9 * width / letter)) for line in caption.split("\n"))
         text = "\n".join(lines)
         bottom = ImageDraw.Draw(film).multiline_textbbox(place, text, font=font)[3]
-        cell = Image.new("RGB", (width + gap, round(bottom) + 2 * gap), "white")
-        cell.paste(film)
-        ImageDraw.Draw(cell).multiline_text(place, text, "black", font)
-        cells.append(cell)
-    width, height = max(cell.width for cell in cells), max(cell.height for cell in cells)
+        cells.append(Image.new("RGB", (width + gap, round(bottom) + 2 * gap), "white"))
+        cells[-1].paste(film)
+        ImageDraw.Draw(cells[-1]).multiline_text(place, text, "black", font)
+    width, height = np.max([cell.size for cell in cells], 0).tolist()
     rows, columns = -(-len(cells) // columns), min(columns, len(cells))
     page = Image.new("RGB", (gap + width * columns, gap + height * rows), "white")
     for i, cell in enumerate(cells):
         page.paste(cell, (gap + width * (i % columns), gap + height * (i // columns)))
-    with atomic(path) as temporary:
-        page.save(temporary, "PNG")
-
-
-def save_film(image, path):
-    """Writes one uint8 film as PNG, whole or not at all."""
-    with atomic(path) as temporary:
-        Image.fromarray(image).save(temporary, "PNG")
+    save_film(np.asarray(page), path)
 
 
 def first_look(source, out):
