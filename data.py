@@ -303,12 +303,10 @@ UNCLEANED = "reports kept uncleaned"
 
 
 class Dataset:
-    """The films and reports of a split, decoded and cleaned when they are asked for.
-
-    ds[i] is {"image": uint8 (size, size), "report", "caption", "index", ...}. For a broken film or
-    an empty report the next good item stands in (its index is given), and `dropped` counts it.
-    UserError if over 5% of the images are missing or, of 20 or more decoded, unreadable.
-    """
+    """The films and reports of a split, decoded and cleaned when they are asked for: ds[i] is
+    {"image": uint8 (size, size), "report", "caption", "index", ...}. For a broken film or an empty
+    report the next good item stands in (its index is given), and `dropped` counts it. UserError if
+    over 5% of the images are missing or, of 20 or more decoded, unreadable."""
 
     def __init__(self, root, layout, split, items, size, dropped, cleaned):
         self.root, self.layout, self.split, self.items, self.size = root, layout, split, items, size
@@ -350,13 +348,11 @@ class Dataset:
 
     def raw(self, i):
         """The i-th report as it was found: "" if its file is missing."""
-        text = self.items[i].report
-        if self.layout != "MIMIC-CXR-JPG":
-            return text
-        for folder in ("mimic-cxr-reports", ""):
+        text, in_file = self.items[i].report, self.layout == "MIMIC-CXR-JPG"
+        for folder in ("mimic-cxr-reports", "") if in_file else ():
             with contextlib.suppress(OSError):
                 return (self.root / folder / text).read_text(errors="replace")
-        return ""
+        return "" if in_file else text
 
     def text(self, i):
         """-> the i-th report in the form FINDINGS: ... IMPRESSION: ..., and whether it is clean."""
@@ -586,7 +582,7 @@ class Chest:
         self.image = np.zeros((size, size), np.float32)  # densities: 0 air, about 1 metal
 
     def blob(self, x, y, rx, ry, peak=1., rough=0.):
-        """An ellipse: `peak` in its middle, 0 on its edge, never above 1."""
+        """An ellipse: `peak` in its middle, 0 on its edge, `rough` added, cut to 0 ... 1."""
         r2 = ((self.x - x) / rx) ** 2 + ((self.y - y) / ry) ** 2
         return (peak - peak * r2 + rough).clip(0, 1)
 
@@ -594,8 +590,9 @@ class Chest:
         """Lighten a polyline to `value`; `thick` is in image widths."""
         for (x0, y0), (x1, y1) in zip(points, points[1:]):
             dx, dy = (x1 - x0) * self.wide, (y1 - y0) * self.high
-            reach = (min(y0, y1), max(y0, y1)) + np.array((-1, 1)) * (thick + self.soft) / self.high
-            rows = slice(*np.searchsorted(self.y[:, 0], reach))
+            reach = (thick + self.soft) / self.high
+            ends = min(y0, y1) - reach, max(y0, y1) + reach
+            rows = slice(*np.searchsorted(self.y[:, 0], ends))  # all others stay as they are
             px, py = (self.x[rows] - x0) * self.wide, (self.y[rows] - y0) * self.high
             along = ((px * dx + py * dy) / (dx * dx + dy * dy)).clip(0, 1)
             away = np.sqrt((px - along * dx) ** 2 + (py - along * dy) ** 2)
@@ -639,10 +636,10 @@ class Chest:
         self.image -= self.lung * .36
         self.bones(ax)
         self.image -= .10 * ramp((.05 - ax) * wide, soft) * ramp(.34 - y, .05)  # the trachea
-        for value, *place in ((.1, 1.32, .15, .24, .17), (.1, -1.32, .15, .24, .17),  # shoulders
-                              (s["breasts"], .55, .88, .46, .3), (s["breasts"], -.55, .88, .46, .3),
-                              (s["bubble"], .5, self.dome[1] + .17, .28, .1)):  # in the stomach
-            self.image += value * self.blob(*place, 2)
+        for side in (-1, 1):
+            self.image += .1 * self.blob(side * 1.32, .15, .24, .17, 2)  # shoulders
+            self.image += s["breasts"] * self.blob(side * .55, .88, .46, .3, 2)
+        self.image += s["bubble"] * self.blob(.5, self.dome[1] + .17, .28, .1, 2)  # in the stomach
         shift = round((s["top"] - .1275) * self.size), round((s["middle"] - .5) * self.size)
         tree = vessel_trees(self.size)[int(s["tree"])]
         self.vessels = s["vessels"] * np.roll(tree, shift, (0, 1))
@@ -670,9 +667,8 @@ class Chest:
         """Paint a finding; those of the heart and the mediastinum are in heart()."""
         s, x, y, soft, wide, high = self.s, self.x, self.y, self.soft, self.wide, self.high
         j, sign = s["jitter"][CLASSES.index(f.name)], 1 if f.side == "left" else -1
-        half = x * sign > 0
-        spot = PLACES.get(f.place, (0, 0))
-        spot = sign * (spot[0] + .1 * j[0]), spot[1] + .08 * j[1]
+        half, (out, down) = x * sign > 0, PLACES.get(f.place, (0, 0))
+        spot = sign * (out + .1 * j[0]), down + .08 * j[1]
         match f.name:
             case "Lung Opacity":
                 mask = self.blob(*spot, .42 + .1 * j[2], .20 + .05 * j[3], 1.5) * self.lung
@@ -688,14 +684,13 @@ class Chest:
                 away = np.hypot((x - spot[0]) * wide, (y - spot[1]) * high)
                 self.fill(ramp(.83 * r - away + r * bumps * self.coarse, soft), .58)
             case "Edema":
-                strength = .6 if f.severity == "mild" else 1.
-                self.vessels *= 1 + .9 * strength
+                grade = .6 if f.severity == "mild" else 1.
+                self.vessels *= 1 + .9 * grade
                 for side in (-1, 1):
-                    haze = strength * self.blob(side * .42, .56, .62, .46, 1.3)
+                    haze = grade * self.blob(side * .42, .56, .62, .46, 1.3)
                     self.image += haze * (.25 + .05 * self.coarse) * self.lung
                     for row in np.linspace(.68, .9, 5):  # Kerley lines
-                        ends = (side * .82, row), (side * .97, row)
-                        self.stroke(ends, .006, .3 + .3 * strength)
+                        self.stroke(((side * .82, row), (side * .97, row)), .006, .3 + .3 * grade)
             case "Atelectasis":  # thorax() has raised the dome
                 for k in range(1 + (j[1] > .5)):
                     row = self.dome[sign] - .08 - .04 * j[0] - .09 * k
@@ -891,7 +886,7 @@ MENTIONS = {  # class -> phrases that say it is there
         r"|(?:interstitial|reticular) (?:\w+ )?(?:markings?|pattern|disease|thickening)",
     "Lung Lesion": r"nodules?|nodular (?:lesions?|opaci\w+|densit\w+)|mass(?:es)?|tumou?rs?"
         r"|neoplasms?|carcinomas?|(?:lung|pulmonary|cavitary) (?:cancer|lesions?|metas\w+)",
-    "Edema": r"edema|(?:heart|congestive) failure|chf|congestion|prominen\w+ (?:\w+ ){0,4}vascula\w+"
+    "Edema": r"edema|heart failure|chf|congest\w+|prominen\w+ (?:\w+ ){0,4}vascula\w+"
         r"|vascula\w+ (?:prominence|engorgement|redistribution)",
     "Consolidation": rf"consolidat\w+|{AIRSPACE}",
     "Pneumonia": r"(?:broncho)?pneumonias?|pneumonitis|(?<!granulomatous )infecti\w+",
@@ -1079,10 +1074,10 @@ RULES = [  # (name, pattern, what takes its place; None: the whole sentence goes
      r"{0,4}(?:effusion|pneumo|edema|atelec|consolid|congest|cardiomeg|nodul|mass|opaci|infiltr))",
      ""),
     ("stable", rf"(?:(?<=normal )and )?\b{ADVERB}(?:stable|(?:un)?changed|similar|the same|interval"
-     r"|persist(?:ent|ing|ently)|worsen(?:ing|ed)|improv(?:ing|ed)|progressive|resolving|evolving"
-     r"|new|residual|pre-?existing|now|in the inter(?:val|im)|with(?:out change| interval"
-     r" improv\w+))\b(?: appearing)?(?:,? (?:in|since|over) (?:the |overall )?(?:\w+ and )?"
-     r"(?:appearance|size|position|extent|interval|configuration))?(?: appearance of(?: the)?)?", ""),
+     r"|persist(?:s|ent|ing|ently)|worsen\w+|improv(?:ing|ed)|progressive|resolving|evolving|new"
+     r"|residual|now|pre-?existing|in the inter(?:val|im)|with(?:out change| interval improvement))"
+     r"\b(?: appearing)?(?:,? (?:in|since|over) (?:\w+ ){0,3}(?:appearance|size|position|extent"
+     r"|interval))?(?: appearance of(?: the)?)?", ""),
     ("is and", rf"\b({BE})\s+(?:and|but|with)(?= (?:\w+ )?(?:normal|not|within|unremarkable|at"
      r"|enlarged|mild|borderline|clear|intact))", r"\1"),
     ("verb alone", rf"(?<=there is)\s*,|,?\s*(?<!there )\b{BE}(?=\s*(?:[.,;]|$|and\b))", ""),
