@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -173,7 +174,7 @@ class Processes:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by five Newton-Schulz steps (Jordan 2024), in fp32;
+    """Momentum whose update is made orthogonal by three Newton-Schulz steps (Jordan 2024), in fp32;
     torch.optim.Muon runs them in bf16, which many CPUs emulate, and takes no convolutions."""
 
     def __init__(self, parameters, lr: float, momentum: float = 0.95):
@@ -191,14 +192,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Nearly orthogonal matrix with the singular vectors of x (m, n)."""
+    """Nearly orthogonal matrix with the singular vectors of x (m, n). Works on the smaller of the
+    two Gram matrices: x <- p(x xT) x again and again is one product of polynomials p times x."""
     if x.shape[0] > x.shape[1]:
         return orthogonal(x.T).T
     x = x / (x.norm() + 1e-7)
-    for _ in range(5):
-        y = x @ x.T
-        x = 3.4445 * x + (-4.775 * y + 2.0315 * y @ y) @ x
-    return x
+    gram, product = x @ x.T, None
+    for _ in range(3):
+        p = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        p.diagonal().add_(3.4445)
+        product = p if product is None else p @ product
+        gram = p @ gram @ p
+    return product @ x
 
 
 def digest(module: nn.Module | None) -> str:
@@ -330,9 +335,10 @@ class Trainer:
         draw = {"keep": torch.rand(b, generator=rng), "time": sample_time(b, rng),
                 "prompt": torch.randint(len(INSTRUCTIONS), (b,), generator=rng)}
         if self.stage.trains != "understanding":
-            side = self.stage.pixels // self.vae.factor
+            side = self.stage.pixels // self.vae.factor * (2 if self.stage.trains == "vae" else 1)
             shape = (b, self.vae.channels, side, side)
             draw |= {name: torch.randn(shape, generator=rng) for name in ("eps", "z")}
+            draw["excerpt"] = torch.rand(b, 3, generator=rng)
         share = [int(n) for n in o.mix.split(":")]
         reads = round(b * share[0] / sum(share)) if self.both else b
         draw["reads"] = torch.arange(b) < reads
@@ -353,15 +359,12 @@ class Trainer:
 
     def vae_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
         """Reconstruction error and a light pull of the latents towards N(0, 1) (ours)."""
-        images, side = batch["image"].to(self.device), self.stage.pixels
-        if images.shape[-1] > side:         # a cut of a larger film
-            top, left = (int(draw[k][0] * (images.shape[-1] - side + 1)) for k in ("keep", "time"))
-            images = images[:, top:top + side, left:left + side]
-        pixels = vae_pixels(images)
+        pixels = vae_pixels(batch["image"].to(self.device))
         mean, logvar = self.vae.moments(pixels).chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
+        z = draw["z"][..., :mean.shape[2], :mean.shape[3]].to(self.device)
         film = self.vae.decoder(self.vae.post_quant_conv(
-            mean + draw["z"].to(self.device) * (0.5 * logvar).exp()))
+            mean + z * (0.5 * logvar).exp()))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
         return {"mse": (film - pixels).square().flatten(1).mean(1).sum(),
                 "kl": kl.flatten(1).mean(1).sum()}
@@ -379,7 +382,8 @@ class Trainer:
         x0 = self.vae.latents(batch["moments"].to(device), draw["z"].to(device))
         frozen, tap = not self.both, round(model.config.layers * 8 / 24) if self.projector else 0
         with torch.set_grad_enabled(not frozen):    # frozen understanding: no gradient, no graph
-            context = model.read([model.ids(c) for c in batch["caption"]])
+            captions = [excerpt(c, u) for c, u in zip(batch["caption"], draw["excerpt"].tolist())]
+            context = model.read([model.ids(c) for c in captions])
         dropped = draw["keep"].to(device) < (1 if self.options.no_context else 0.1)  # for guidance
         loss, states = model.flow_loss(x0, context.drop(dropped), draw["time"].to(device),
                                        draw["eps"].to(device), frozen, tap)
@@ -527,15 +531,16 @@ class Trainer:
     # ------------------------------------------------------------ the loop
 
     def stream(self):
-        """Batches from this step on. Stage 0 alternates between films at its own resolution and
-        films twice as large, of which it learns from cuts."""
+        """Batches from this step on. Stage 0 sees films at its resolution twice, then once films
+        twice as large."""
         def start(data, step):
             return batches(data, self.stage.batch, self.options.seed, step, self.options.workers,
                            self.procs.rank, self.procs.world)
         if self.stage.trains != "vae":
             return start(self.data, self.step)
-        both = [start(data, (self.step + odd) // 2) for data, odd in zip(self.data, (1, 0))]
-        return (next(both[k % 2]) for k in itertools.count(self.step))
+        small, large = (start(d, n) for d, n in zip(self.data, (self.step - self.step // 3,
+                                                                self.step // 3)))
+        return (next(large if k % 3 == 2 else small) for k in itertools.count(self.step))
 
     def fit(self):
         """Trains to the end, or until Ctrl-C, which saves."""
@@ -602,6 +607,15 @@ def pick_rows(batch: dict, rows: Tensor) -> dict:
     places = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
     return {k: v[places] if isinstance(v, Tensor) else [v[i] for i in places.tolist()]
             for k, v in batch.items()}
+
+
+def excerpt(caption: str, u: list[float]) -> str:
+    """The caption, or half of the time one to three sentences in a row of it, so that short prompts
+    are understood too (ours). u: three uniform numbers decide."""
+    sentences = re.sub(r"\b[A-Z]+: ", "", caption).split(". ")
+    start = int(u[1] * len(sentences))
+    some = ". ".join(sentences[start:start + 1 + int(3 * u[2])]).strip()
+    return caption if u[0] < 0.5 or not some else some.removesuffix(".") + "."
 
 
 def align(states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
