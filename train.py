@@ -89,7 +89,7 @@ class Options:
                         choices=("own", "both"))
     mix: str = option("1:1", "with --train both: films that are read : films that are drawn",
                       choices=("1:1", "1:2", "1:4", "0:1"))
-    share_layers: int = option(0, "first layers whose weights both branches share (new models)")
+    share_layers: int = option(0, "first layers that both branches share (from stage 1 or 2 on)")
     no_context: bool = option(False, "cut the joint attention: films are drawn without text")
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "fp32", "bf16"))
     checkpointing: bool = option(False, "recompute activations: less memory, more time")
@@ -206,6 +206,15 @@ def orthogonal(x: Tensor) -> Tensor:
     return product @ x
 
 
+def read_checkpoint(file: Path, device="cpu") -> dict:
+    """What a stage has saved; a finished one has no "learns". Raises UserError."""
+    try:
+        return torch.load(file, map_location=device, weights_only=True)
+    except Exception as e:      # torch has no common class for a broken file
+        problem = f"{file} is broken ({str(e)[:50]}); delete it to start over"
+        raise UserError(problem) from None
+
+
 def digest(module: nn.Module | None) -> str:
     """Fingerprint of a module's weights."""
     found = hashlib.sha1()
@@ -220,13 +229,17 @@ class Latents:
     knows what it was made from, and is made again when films, size, autoencoder or teacher change.
     """
 
-    def __init__(self, source, count: int, model: UniX, teacher, folder: Path, images=None):
-        """`images`: the same films at the image encoder's size, where these are wanted too."""
+    def __init__(self, source, count: int, model: UniX, teacher, folder: Path, images=None,
+                 begun=False):
+        """`images`: the same films at the image encoder's size, where these are wanted too.
+        `begun`: the stage is under way, and its teacher has learned since (--train both)."""
         self.source, self.folder, self.stem = source, folder, f"latents-{source.size}"
         self.images = images
         origin = [source.fingerprint(), count, digest(model.vae), digest(teacher)]
         about = folder / f"{self.stem}.json"
         known = json.loads(about.read_text()) if about.exists() else {}
+        if begun and "origin" in known and self.file("features").exists():
+            origin[-1] = known["origin"][-1]
         if known.get("origin") != origin:
             about.unlink(missing_ok=True)
             known = {"origin": origin, "texts": self.build(count, model, teacher)}
@@ -243,6 +256,7 @@ class Latents:
     def build(self, count: int, model: UniX, teacher) -> list:
         """Fills the memory maps; returns the texts [report, caption] of the films."""
         texts, maps, loader = [], {}, range(0, count, 64)
+        self.file("features").unlink(missing_ok=True)       # those of another teacher
         for start in tqdm(loader, desc=f"latents at {self.source.size} px", unit="batch"):
             films = [self.source[i] for i in range(start, min(count, start + 64))]
             images = torch.from_numpy(np.stack([f["image"] for f in films])).to(model.device)
@@ -255,6 +269,8 @@ class Latents:
                                                         (count, *v.shape[1:]))
                 maps[k][start:start + len(films)] = v.cpu().numpy()
             texts += [[f["report"], f["caption"]] for f in films]
+        for written in maps.values():
+            written.flush()
         return texts
 
     def account(self, samples: list):
@@ -402,6 +418,8 @@ class Trainer:
                                                                         draw["reads"]) if reads)
         films = int((~draw["reads"]).sum()) if self.both else len(draw["reads"])
         tokens, films = self.procs.total(torch.tensor([tokens, films], device=self.device)).tolist()
+        latents = 0 if self.stage.trains == "understanding" else draw["eps"][0, 0].numel()
+        self.tokens = tokens + films * latents
         return {"text": 1 / max(tokens, 1), "flow": 1 / max(films, 1), "mse": 1 / films,
                 "repa": self.stage.repa / max(films, 1), "kl": 1e-5 / films}
 
@@ -438,7 +456,7 @@ class Trainer:
             decay = min(self.stage.ema, (1 + k) / (10 + k))
             torch._foreach_lerp_(list(self.average.values()),
                                  [p.detach() for p in self.learns.values()], 1 - decay)
-        return dict(zip(names, values)) | {"grad": float(norm)}
+        return dict(zip(names, values)) | {"grad": float(norm), "tokens": self.tokens}
 
     def rate(self, k: int) -> float:
         """Learning rate of step k: linear warm-up, constant, and for `tiny` a linear fall."""
@@ -504,13 +522,12 @@ class Trainer:
     def resume(self):
         """Goes on from the checkpoint of this stage, if there is one; True if it is finished.
         Raises UserError."""
+        for left in [*self.out.glob(".*.part"), *self.out.glob("vae/.*.part")]:
+            if not self.procs.rank:             # a kill in the middle of saving left it
+                left.unlink()
         if not self.file.exists():
             return False
-        try:
-            state = torch.load(self.file, map_location=self.device, weights_only=True)
-        except Exception as e:      # torch has no common class for a broken file
-            problem = f"{self.file} is broken ({str(e)[:50]}); delete it to start over"
-            raise UserError(problem) from None
+        state = read_checkpoint(self.file, self.device)
         changed = [f"{k} was {v}, now {self.settings.get(k)}" for k, v in state["settings"].items()
                    if v != self.settings.get(k)]
         if changed:
@@ -554,7 +571,9 @@ class Trainer:
         while self.step < s.steps and not self.procs.total(self.stop):
             logged = self.one_step(next(stream))
             bar.update()
-            bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in logged.items()))
+            speed = {"tokens/s": logged["tokens"] * (bar.format_dict["rate"] or 0)}
+            bar.set_postfix_str(" ".join(f"{k} {v:.{3 if v < 100 else 0}f}" for k, v in (
+                logged | speed).items() if k != "tokens"))
             if log:
                 log.add(self.step, logged | {"lr": self.rate(self.step - 1)}, self.by_time,
                         self.step == s.steps)
@@ -657,8 +676,9 @@ class Log:
         self.n += 1
         if step % 20 and not last:
             return
-        row = {"stage": self.stage, "step": step,
-               "steps_per_s": self.n / (time.perf_counter() - self.begin),
+        seconds = time.perf_counter() - self.begin
+        row = {"stage": self.stage, "step": step, "steps_per_s": self.n / seconds,
+               "tokens_per_s": self.sums.pop("tokens", 0) / seconds,
                **{k: v / self.n for k, v in self.sums.items()}}
         if any(self.bins):      # flow loss for each tenth of t
             row["flow_by_t"] = [sum(b) / len(b) if b else None for b in self.bins]
@@ -732,9 +752,26 @@ def new_model(options: Options, out: Path, data) -> UniX:
     config = PRESETS[options.preset]
     tokenizer = Tokenizer.train(texts + list(INSTRUCTIONS), config.vocab, special=SPECIAL)
     ids = dict(zip(("bos", "eos", "boi", "eoi"), map(tokenizer.token_to_id, SPECIAL)))
+    own = out / "vae" / "model.safetensors"
+    vae = load_vae(own) if own.exists() else None       # of stage 0; a restart finds it, too
     torch.manual_seed(options.seed)
     return UniX(replace(config, vocab=len(tokenizer), share_layers=options.share_layers, **ids),
-                tokenizer)
+                tokenizer, vae)
+
+
+def share(model: UniX, layers: int):
+    """Gives the first layers of a model one expert for both branches: understanding's."""
+    tower = model.lm.tower
+    for layer in tower.layers[:layers]:
+        layer.gen = layer.und
+    if layers >= len(tower.layers):
+        tower.norm_gen = tower.norm
+    model.config.share_layers = max(layers, model.config.share_layers)
+
+
+def unfinished(file: Path) -> bool:
+    """Was this stage begun, but not brought to its end? Raises UserError."""
+    return file.exists() and "learns" in read_checkpoint(file)
 
 
 def command_tail(options: Options) -> str:
@@ -768,19 +805,24 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
         model.vae = load_vae(o.vae).to(procs.device)
     make_folder(out)
     if k > 1:
-        if model.vae is None:
+        if model.vae is None or not (o.vae or o.weights) and unfinished(out / "stage0.pt"):
             print("no autoencoder yet: stage 0 comes first (--vae takes a pretrained one instead)")
             run(Options(stage=0, data=o.data, out=str(out), preset=o.preset, steps=o.steps), procs)
             model.vae = load_vae(out / "vae" / "model.safetensors").to(procs.device)
-        if k == 2 and not (out / "stage2.pt").exists():
+        begun = (out / f"stage{k}.pt").exists()
+        if k == 2 and not begun:
             model.copy_tower()
+        if o.share_layers and k < 3:
+            share(model, o.share_layers)
+        model.config.no_context = o.no_context
         teacher = model.vit if stage.repa else None
         if teacher and o.repa_teacher:
             teacher = load_rad_dino(o.repa_teacher).to(procs.device)
         images = open_data(o.data, "train", model.config.vit_image) if o.train == "both" else None
         with procs.first():
             count = min(len(data), stage.films or len(data))
-            data = Latents(data, count, model, teacher, out, images)
+            data = Latents(data, count, model, teacher, out, images,
+                           begun and o.train == "both")
         model.config.resolution = stage.pixels
     return Trainer(o, stage, model, data, procs, out)
 

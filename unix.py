@@ -50,6 +50,7 @@ class Config:
     eos: int = 100001
     boi: int = 100003
     eoi: int = 100580
+    no_context: bool = False    # films are drawn without text (ours)
     resolution: int = 512       # pixels a side of generated images
     guidance: float = 2.0       # scale of classifier-free guidance
     vae: dict = field(default_factory=lambda: {"scale": 0.238092, "shift": -0.201906})
@@ -190,7 +191,7 @@ class UniX(nn.Module):
     def draw(self, captions: list[list[int]], h: int, w: int, seeds, **how):
         """Denoises an h x w latent image a caption; yields latents (b, c, h, w) after each step.
         Its seed draws an image's noise on the CPU, alike in any batch. `how`: diffusion.sample."""
-        context = self.read(captions)
+        context = None if self.config.no_context else self.read(captions)
         noise = [torch.randn(h * w, self.config.latent_channels,
                              generator=torch.Generator().manual_seed(s)) for s in seeds]
         places = position_ids(h, w, self.config.latent_side).to(self.device)
@@ -225,11 +226,10 @@ class UniX(nn.Module):
 
     # ---- weights folders
     def save(self, folder: str | Path):
-        """Writes a weights folder in the released layout, each file whole or not at all."""
+        """Writes a weights folder in the released layout, each file whole or not at all; weights
+        come last, so that a folder that has them has all they need."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_safetensors({released(k): v for k, v in self.state_dict().items()
-                           if not k.startswith("vae.")}, folder / "model.safetensors")
         if self.vae is not None:
             save_vae(self.vae, folder / "vae")
         if self.tokenizer is not None:
@@ -237,6 +237,8 @@ class UniX(nn.Module):
                 self.tokenizer.save(temporary)
         with atomic(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config_json(self), indent=2))
+        write_safetensors({released(k): v for k, v in self.state_dict().items()
+                           if not k.startswith("vae.")}, folder / "model.safetensors")
 
     @staticmethod
     def load(folder: str | Path, device="cpu", dtype=torch.float32) -> "UniX":
@@ -297,7 +299,7 @@ def config_json(model: UniX) -> dict:
         "special_token_ids": {theirs: getattr(c, ours) for ours, theirs in MARKERS.items()},
         "inference_config": {"generation": {"cfg_text_scale": c.guidance, "num_timesteps": 50,
                                             "cfg_interval": [0.4, 1.0], "do_sample": False}},
-        "ours": {"share_layers": c.share_layers, "resolution": c.resolution}}
+        "ours": {k: getattr(c, k) for k in ("share_layers", "no_context", "resolution")}}
     if model.vae is not None:
         about["vae_path"] = "vae/model.safetensors"
         about["vae_config"] = {"path": about["vae_path"], "downsample": model.vae.factor,
@@ -390,9 +392,9 @@ def read_vae(folder: Path, about: dict) -> VAE | None:
 def save_vae(vae: VAE, folder: Path):
     """Writes an autoencoder and the scale and shift of its latents."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_safetensors(vae.state_dict(), folder / "model.safetensors")
     with atomic(folder / "config.json") as temporary:
         temporary.write_text(json.dumps({"scale_factor": vae.scale, "shift_factor": vae.shift}))
+    write_safetensors(vae.state_dict(), folder / "model.safetensors")
 
 
 def load_vae(file: str | Path, scale=0.238092, shift=-0.201906) -> VAE:

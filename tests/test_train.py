@@ -1,6 +1,6 @@
 """Training: each stage teaches what it should and nothing else, and nothing is ever lost."""
 
-import csv
+import functools
 import json
 import shutil
 import subprocess
@@ -16,6 +16,7 @@ from ar import Tokenizer
 from conftest import ROOT
 from data import UserError, phantom
 from diffusion import VAE, sample_time
+from phantoms import write_phantoms
 from train import STAGES, Latents, Log, Muon, Options, Processes, Trainer, align, orthogonal
 from unix import UniX, load_vae, read_safetensors
 
@@ -23,15 +24,7 @@ from unix import UniX, load_vae, read_safetensors
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A plain data folder of 24 small phantoms."""
-    root = tmp_path_factory.mktemp("films")
-    with open(root / "metadata.csv", "w", newline="") as f:
-        table = csv.writer(f)
-        table.writerow(["image", "report", "split"])
-        for i in range(24):
-            film = phantom("train", i, 128)
-            Image.fromarray(film.image).save(root / f"{i}.png")
-            table.writerow([f"{i}.png", film.report, "train" if i < 16 else "val"])
-    return root
+    return write_phantoms(tmp_path_factory.mktemp("films"), 16, 8)
 
 
 def options(folder, out, stage, **more) -> Options:
@@ -108,11 +101,12 @@ def begun(folder, out, stage, step, base, **more) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
-def test_resumed_equals_never_stopped_bit_for_bit(trained, folder, tmp_path, stage):
+@pytest.mark.parametrize("stage, more", [(0, {}), (1, {}), (2, {}), (2, {"train": "both"}),
+                                         (2, {"train": "both", "share_layers": 2})])
+def test_resumed_equals_never_stopped_bit_for_bit(trained, folder, tmp_path, stage, more):
     base = None if stage < 2 else trained[0]
-    whole = begun(folder, tmp_path / "whole", stage, 4, base)
-    begun(folder, tmp_path / "parts", stage, 2, base)
+    whole = begun(folder, tmp_path / "whole", stage, 4, base, **more)
+    begun(folder, tmp_path / "parts", stage, 2, base, **more)
     again = train.set_up(whole.options, whole.stage, Processes(), tmp_path / "parts")
     again.resume()
     assert again.step == 2
@@ -133,13 +127,28 @@ def test_accumulation_equals_the_big_batch(trained, folder, tmp_path, stage):
     for parts in (1, 3):
         trainer = begun(folder, tmp_path / f"{parts}", stage, 0, base, accumulate=parts)
         trainer.stage = train.replace(trainer.stage, muon=0)
-        batch, grads = next(trainer.stream()), {}
-        for optimizer in trainer.optimizers:        # look at the gradients instead of stepping
-            optimizer.step = optimizer.zero_grad = lambda: None
-        trainer.one_step(batch)
-        learned.append({k: p.grad.clone() for k, p in trainer.learns.items() if p.grad is not None})
+        learned.append(gradients(trainer))
     for k, g in learned[0].items():
         torch.testing.assert_close(learned[1][k], g, atol=2e-6, rtol=1e-3)
+
+
+def gradients(trainer) -> dict:
+    """What one step would have the optimizers see."""
+    batch = next(trainer.stream())
+    for optimizer in trainer.optimizers:
+        optimizer.step = optimizer.zero_grad = lambda: None
+    trainer.one_step(batch)
+    return {k: p.grad.clone() for k, p in trainer.learns.items() if p.grad is not None}
+
+
+@pytest.mark.parametrize("stage, train", [(1, "own"), (2, "own"), (2, "both")])
+def test_checkpointing_changes_no_gradient(trained, folder, tmp_path, stage, train):
+    a, b = (gradients(begun(folder, tmp_path / name, stage, 0, None if stage < 2 else trained[0],
+                            train=train, checkpointing=name == "less"))
+            for name in ("usual", "less"))
+    assert a.keys() == b.keys()
+    for k in a:
+        torch.testing.assert_close(b[k], a[k], atol=1e-6, rtol=1e-4)
 
 
 def test_changed_settings_are_refused(trained, folder, tmp_path):
@@ -336,3 +345,110 @@ def test_both_branches_learn_with_train_both(trained, folder, tmp_path):
     for k in ("language_model.model.layers.0.self_attn.q_proj.weight", "llm2vae.weight",
               "vit_model.vision_tower.patch_embed.proj.weight"):
         assert not torch.equal(before[k], after[k]), k
+
+
+@pytest.mark.parametrize("mix, reads", [("1:1", 8), ("1:2", 5), ("1:4", 3), ("0:1", 0)])
+def test_mix_is_the_share_of_a_batch_that_is_read(trained, folder, tmp_path, mix, reads):
+    trainer = begun(folder, tmp_path / "run", 2, 0, trained[0], train="both", mix=mix)
+    trainer.stage = train.replace(trainer.stage, batch=16)
+    seen = {"text": 0, "flow": 0}
+    trainer.report_terms = lambda batch, draw: seen.update(text=len(batch["report"])) or {}
+    trainer.flow_terms = lambda batch, draw: seen.update(flow=len(draw["time"])) or {}
+    trainer.terms(next(trainer.stream()), trainer.draws(0))
+    assert seen == {"text": reads, "flow": 16 - reads}
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("since", [1, 2])
+def test_shared_layers_are_one_expert_through_both_stages(trained, folder, tmp_path, layers, since):
+    """Shared in a new model, or from stage 2 on: trained from both sides, and kept on disk."""
+    out = tmp_path / "run"
+    for stage in (1, 2):
+        more = {"share_layers": layers} if stage >= since else {}
+        vae = str(trained[0] / "vae" / "model.safetensors")
+        train.run(options(folder, out, stage, train="both" if stage == 2 else "own",
+                          vae=vae if stage == 2 else None, **more))
+        model, shared = UniX.load(out), layers * (stage >= since)
+        assert model.config.share_layers == shared
+        tower = model.lm.tower
+        assert [x.gen is x.und for x in tower.layers] == [i < shared for i in range(3)]
+        assert (tower.norm_gen is tower.norm) == (shared == 3)
+        assert sum("gen." in k for k in model.branch("generation")) == 14 * (3 - shared) + (shared < 3)
+
+
+def test_without_context_films_do_not_depend_on_captions(trained, folder, tmp_path):
+    losses = {}
+    for cut in (True, False):
+        out = tmp_path / str(cut)
+        trainer = begun(folder, out, 2, 2, trained[0], no_context=cut)
+        batch, draw = next(trainer.stream()), trainer.draws(0)
+        other = batch | {"caption": ["Large left pneumothorax."] * len(batch["caption"])}
+        losses[cut] = [trainer.terms(b, draw)["flow"].item() for b in (batch, other)]
+        films = UniX.load(out).generate(["Normal.", "Large left pneumothorax."], 64, [3, 3], points=3)
+        assert torch.equal(*films) == cut
+    assert losses[True][0] == losses[True][1] and losses[False][0] != losses[False][1]
+
+
+def test_repa_0_leaves_no_trace_of_the_alignment(trained, folder, tmp_path):
+    out = tmp_path / "run"
+    train.run(options(folder, out, 2, repa=0.0, weights=str(trained[0])))
+    rows = [json.loads(r) for r in (out / "log.jsonl").read_text().splitlines()]
+    assert "flow" in rows[-1] and "repa" not in rows[-1]
+    assert (out / "latents-64.moments.npy").exists()
+    assert not (out / "latents-64.features.npy").exists()
+
+
+def test_compiled_layers_compute_the_same(trained, folder, tmp_path, monkeypatch):
+    """Traced as --compile does it; the C++ that would be built from that takes minutes."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    a, b = (gradients(begun(folder, tmp_path / name, 2, 0, trained[0], compile=name == "fast"))
+            for name in ("usual", "fast"))
+    for k in a:
+        torch.testing.assert_close(b[k], a[k], atol=1e-5, rtol=1e-3)
+
+
+def test_stage_1_leaves_the_generation_branch_as_it_was(folder, tmp_path):
+    trainer = begun(folder, tmp_path, 1, 0, None)
+    before = {k: p.clone() for k, p in trainer.model.branch("generation").items()}
+    trainer.one_step(next(trainer.stream()))
+    assert before and all(torch.equal(p, before[k])
+                          for k, p in trainer.model.branch("generation").items())
+
+
+def test_what_the_log_tells(trained):
+    rows = [json.loads(r) for r in (trained[0] / "log.jsonl").read_text().splitlines()]
+    losses = {0: {"mse", "kl"}, 1: {"text"}, 2: {"flow", "repa"}, 3: {"flow"}}
+    for row in rows:
+        assert {"step", "lr", "grad", "steps_per_s", *losses.pop(row["stage"])} <= row.keys()
+        assert ("flow_by_t" in row) == (row["stage"] > 1)
+        assert row["tokens_per_s"] > row["steps_per_s"] > 0
+    assert not losses
+    speeds = [r["tokens_per_s"] / r["steps_per_s"] for r in rows]
+    assert [round(speeds[i]) for i in (0, 2, 3)] == [4 * 64, 4 * 64, 4 * 256]
+
+
+def test_stage_2_first_brings_a_stopped_stage_0_to_its_end(trained, folder, tmp_path):
+    """Killed in the autoencoder that stage 2 had begun: half of one is not taken for a whole."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    for name in ("stage0.pt", "stage2.pt", "vae/model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    half = train.set_up(options(folder, tmp_path / "run", 0),
+                        train.replace(STAGES["tiny"][0], steps=2), Processes(), tmp_path / "run")
+    half.one_step(next(half.stream()))
+    half.save()
+    train.run(options(folder, tmp_path / "run", 2))
+    assert torch.load(tmp_path / "run" / "stage0.pt")["step"] == 2
+
+
+def test_a_kill_in_the_middle_of_the_first_save_loses_nothing(folder, tmp_path, monkeypatch):
+    """The state is there, the weights folder is not whole yet, half-written files lie about."""
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr("unix.write_safetensors", killed)
+        with pytest.raises(KeyboardInterrupt):
+            begun(folder, tmp_path, 1, 2, None)
+    (tmp_path / ".stage1.pt.77.part").write_bytes(b"half")
+    train.run(options(folder, tmp_path, 1, steps=4))
+    assert UniX.load(tmp_path).tokenizer is not None
+    assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
