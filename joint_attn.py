@@ -10,6 +10,7 @@ Masks: reading is causal, drawing sees everything, so no (l, l) mask is ever bui
 needs one flag a key, (b, 1, 1, l).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -50,6 +51,21 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, EPS)
 
 
+class Linear(nn.Linear):
+    """nn.Linear that reads its weights with all cores of a CPU when there are few rows, as parts
+    of W times x^T: F.linear reads them with one core, or slower (twice the time, tests/bench.py).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= 8 * x.shape[-1]
+        if not few or self.weight.numel() < 1 << 17:        # small ones are in the cache anyway
+            return super().forward(x)
+        parts = self.weight.unflatten(0, (math.gcd(self.out_features, 8), -1))
+        y = torch.bmm(parts, x.reshape(-1, x.shape[-1]).T.expand(len(parts), -1, -1))
+        y = y.flatten(0, 1).T.reshape(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 def rope(ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of RoPE ids (b, l) -> each (b, 1, l, dim), fp32."""
     rate = THETA ** -(torch.arange(0, dim, 2, device=ids.device) / dim)
@@ -77,15 +93,15 @@ class Expert(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.input_layernorm = RMSNorm(width)
-        self.q_proj = nn.Linear(width, heads * head_dim)
-        self.k_proj = nn.Linear(width, kv_heads * head_dim)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim)
+        self.q_proj = Linear(width, heads * head_dim)
+        self.k_proj = Linear(width, kv_heads * head_dim)
+        self.v_proj = Linear(width, kv_heads * head_dim)
         self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
+        self.o_proj = Linear(heads * head_dim, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width)
-        self.gate_proj = nn.Linear(width, mlp, bias=False)
-        self.up_proj = nn.Linear(width, mlp, bias=False)
-        self.down_proj = nn.Linear(mlp, width, bias=False)
+        self.gate_proj = Linear(width, mlp, bias=False)
+        self.up_proj = Linear(width, mlp, bias=False)
+        self.down_proj = Linear(mlp, width, bias=False)
 
     def qkv(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 3 for this expert's tokens: x (b, l, d) -> q (b, h, l, k), k and v (b, g, l, k)."""
