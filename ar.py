@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from data import UserError, vit_pixels
 from diffusion import position_table
-from joint_attn import Tower, attend
+from joint_attn import Linear, Tower, attend
 
 # --- tokenizer: text -> words ---------------------------------------------------------------------
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -438,7 +438,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.embed_tokens = nn.Embedding(vocab, sizes[0])
         self.tower = Tower(layers, *sizes, share=share)
-        self.lm_head = nn.Linear(sizes[0], vocab, bias=False)
+        self.lm_head = Linear(sizes[0], vocab, bias=False)
 
     def read(self, tokens: Tensor, length: Tensor, image: Tensor | None = None):
         """Reads `[BOI image EOI]` (one RoPE id) and then text -> hidden of the text, Context.

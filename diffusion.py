@@ -66,15 +66,16 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, renorm="global", least=0.0
 def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 1.0)):
     """Euler from noise x (b, n, c) at t = 1 to an image at t = 0. Yields (t, v, x after the step).
 
-    velocity(x, t, conditional) -> v. `points` times on linspace(1, 0) make points - 1 steps.
+    velocity(x, t, guided) -> v, or if guided (v with the caption, v without): one pass may do both.
+    `points` times on linspace(1, 0) make points - 1 steps.
     Guidance is on while lo < t <= hi, t taken after the shift; elsewhere a step costs half.
     """
     times = shift_time(torch.linspace(1, 0, points), shift)
     for t, after in zip(times[:-1], times[1:]):
         at = t.to(x.device).expand(len(x))
-        v = velocity(x, at, True)
-        if scale > 1 and interval[0] < t <= interval[1]:
-            v = guide(v, velocity(x, at, False), scale)
+        guided = scale > 1 and bool(interval[0] < t <= interval[1])
+        v = velocity(x, at, guided)
+        v = guide(*v, scale) if guided else v
         x = x - v * (t - after).item()
         yield t, v, x
 

@@ -10,11 +10,11 @@ Masks: reading is causal, drawing sees everything, so no (l, l) mask is ever bui
 needs one flag a key, (b, 1, 1, l).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,6 +40,12 @@ class Context(NamedTuple):
         keep = ~rows
         return Context(self.kv, self.length * keep, self.next_id * keep, True)
 
+    def with_empty(self) -> "Context":
+        """Every sample twice, for guidance: first with its context, then with an empty one."""
+        b, kv = len(self.length), [[a.repeat(2, 1, 1, 1) for a in pair] for pair in self.kv]
+        twice = Context(kv, self.length.repeat(2), self.next_id.repeat(2), self.ragged)
+        return twice.drop(torch.arange(2 * b, device=self.length.device) >= b)
+
 
 class RMSNorm(nn.Module):
     def __init__(self, dim: int):
@@ -50,18 +56,34 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, EPS)
 
 
+class Linear(nn.Linear):
+    """nn.Linear that reads its weights with all cores of a CPU when there are few rows, as parts
+    of W times x^T: F.linear reads them with one core, or slower (twice the time, tests/bench.py).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= 8 * x.shape[-1]
+        if not few or self.weight.numel() < 1 << 17:        # small ones are in the cache anyway
+            return super().forward(x)
+        parts, n = math.gcd(self.out_features, 8), self.in_features
+        w, rows = self.weight.view(parts, -1, n), x.reshape(-1, n).T.expand(parts, -1, -1)
+        y = torch.bmm(w, rows) if self.bias is None else torch.baddbmm(
+            self.bias.view(parts, -1, 1), w, rows)              # (parts, out / parts, rows)
+        return y.flatten(0, 1).T.contiguous().view(*x.shape[:-1], -1)
+
+
 def rope(ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE ids (b, l) -> each (b, 1, l, dim), fp32."""
+    """Cosines and sines of RoPE ids (b, l) -> each (b, 1, l, dim), fp32; see `rotate`."""
     rate = THETA ** -(torch.arange(0, dim, 2, device=ids.device) / dim)
-    angle = ids[:, None, :, None].float() * torch.cat([rate, rate])
+    angle = ids[:, None, :, None].float() * torch.cat([-rate, rate])
     return angle.cos(), angle.sin()
 
 
 def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns x (b, h, l, k) by `rope(...)`; halves are pairs (LLaMA's rotate-half)."""
+    """Turns x (b, h, l, k) by `rope(...)`; halves are pairs (LLaMA's rotate-half:
+    the sines of the first half are negative)."""
     cos, sin = turn
-    a, b = x.chunk(2, dim=-1)
-    return (x * cos + torch.cat([-b, a], dim=-1) * sin).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal=False) -> Tensor:
@@ -77,26 +99,26 @@ class Expert(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.input_layernorm = RMSNorm(width)
-        self.q_proj = nn.Linear(width, heads * head_dim)
-        self.k_proj = nn.Linear(width, kv_heads * head_dim)
-        self.v_proj = nn.Linear(width, kv_heads * head_dim)
+        self.q_proj = Linear(width, heads * head_dim)
+        self.k_proj = Linear(width, kv_heads * head_dim)
+        self.v_proj = Linear(width, kv_heads * head_dim)
         self.q_norm, self.k_norm = RMSNorm(head_dim), RMSNorm(head_dim)
-        self.o_proj = nn.Linear(heads * head_dim, width, bias=False)
+        self.o_proj = Linear(heads * head_dim, width, bias=False)
         self.post_attention_layernorm = RMSNorm(width)
-        self.gate_proj = nn.Linear(width, mlp, bias=False)
-        self.up_proj = nn.Linear(width, mlp, bias=False)
-        self.down_proj = nn.Linear(mlp, width, bias=False)
+        self.gate_proj = Linear(width, mlp, bias=False)
+        self.up_proj = Linear(width, mlp, bias=False)
+        self.down_proj = Linear(mlp, width, bias=False)
 
     def qkv(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 3 for this expert's tokens: x (b, l, d) -> q (b, h, l, k), k and v (b, g, l, k)."""
         x = self.input_layernorm(x)
-        q, k, v = (rearrange(proj(x), "b l (h k) -> b h l k", k=self.head_dim)
+        q, k, v = (proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         return rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn), v
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Adds the attention result (b, h, l, k), then the MLP, to the tokens x (b, l, d)."""
-        x = x + self.o_proj(rearrange(mixed, "b h l k -> b l (h k)"))
+        x = x + self.o_proj(mixed.transpose(1, 2).flatten(2))
         y = self.post_attention_layernorm(x)
         return x + self.down_proj(F.silu(self.gate_proj(y)) * self.up_proj(y))
 

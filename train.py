@@ -338,7 +338,8 @@ class Trainer:
         matrices = {k: p for k, p in self.learns.items()
                     if self.stage.muon and p.dim() > 1 and not any(word in k for word in outside)}
         rest = [p for k, p in self.learns.items() if k not in matrices]
-        found = [torch.optim.AdamW(rest, self.stage.lr, (0.9, 0.95), eps=1e-15, weight_decay=0)]
+        found = [torch.optim.AdamW(rest, self.stage.lr, (0.9, 0.95), eps=1e-15, weight_decay=0,
+                                   fused=True)]
         return found + [Muon(matrices.values(), self.stage.muon)] * bool(matrices)
 
     # ------------------------------------------------------------ one step

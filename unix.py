@@ -191,13 +191,20 @@ class UniX(nn.Module):
     def draw(self, captions: list[list[int]], h: int, w: int, seeds, **how):
         """Denoises an h x w latent image a caption; yields latents (b, c, h, w) after each step.
         Its seed draws an image's noise on the CPU, alike in any batch. `how`: diffusion.sample."""
-        context = None if self.config.no_context else self.read(captions)
+        context = both = None
+        if self.config.no_context:
+            how["scale"] = 1.0          # without text there is nothing to be guided by
+        else:
+            context = self.read(captions)
+            both = context.with_empty()             # so that a guided step is one pass
         noise = [torch.randn(h * w, self.config.latent_channels,
                              generator=torch.Generator().manual_seed(s)) for s in seeds]
         places = position_ids(h, w, self.config.latent_side).to(self.device)
 
-        def velocity(x, t, conditional):
-            return self.velocity(x, t, context if conditional else None, places)[0]
+        def velocity(x, t, guided):
+            if guided:
+                return self.velocity(x.repeat(2, 1, 1), t.repeat(2), both, places)[0].chunk(2)
+            return self.velocity(x, t, context, places)[0]
         for _, _, x in sample(velocity, torch.stack(noise).to(self.device), **how):
             yield x.transpose(1, 2).unflatten(2, (h, w))
 

@@ -155,6 +155,12 @@ def parity_drawing(p: Parity):
 
         def velocity(x, t, conditional):
             return m.velocity(x, t, context if conditional else None, places)[0]
+
+        def pair(x, t, guided):
+            if not guided:
+                return velocity(x, t, True)
+            twice = m.velocity(x.repeat(2, 1, 1), t.repeat(2), context.with_empty(), places)[0]
+            return twice.chunk(2)
         p.check(f"{base}/packed_vae_position_ids", places)
         p.check(f"{base}/packed_position_ids", context.next_id.expand(h * w + 2))
         p.check(f"{base}/packed_text_ids", [m.config.boi, m.config.eoi])
@@ -170,7 +176,7 @@ def parity_drawing(p: Parity):
                     p.check(f"{base}/v_{kind}_{name}", v)
         for shift in p.want["meta/shifts"].tolist():
             run = f"{base}/shift{shift}"
-            steps = list(sample(velocity, noise, int(p.want["meta/num_timesteps"]), shift, scale, interval))
+            steps = list(sample(pair, noise, int(p.want["meta/num_timesteps"]), shift, scale, interval))
             p.check(f"{run}/t", torch.stack([t for t, _, _ in steps]))
             p.check(f"{run}/v", torch.cat([v for _, v, _ in steps]))
             p.check(f"{run}/x", torch.cat([noise, *(x for _, _, x in steps)]))

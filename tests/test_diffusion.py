@@ -23,10 +23,10 @@ def test_time_convention():
 def test_the_perfect_velocity_returns_the_image(points):
     """v = eps - x0 is constant, so Euler is exact, in one step or many, at any shift."""
     x0, eps = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
-    steps = list(sample(lambda x, t, c: target(x0, eps), eps, points, shift=3.0))
+    steps = list(sample(lambda x, t, guided: target(x0, eps), eps, points, scale=1.0))
     assert len(steps) == points - 1
     torch.testing.assert_close(steps[-1][2], x0, atol=1e-5, rtol=1e-5)
-    flipped = list(sample(lambda x, t, c: -target(x0, eps), eps, points))[-1][2]
+    flipped = list(sample(lambda x, t, guided: -target(x0, eps), eps, points, scale=1.0))[-1][2]
     assert (flipped - x0).abs().max() > 1
 
 
@@ -34,10 +34,10 @@ def test_euler_converges_to_the_exact_solution_of_a_gaussian():
     """x0 ~ N(0, s^2): the exact velocity is a(t) x, and noise lands on s * eps."""
     s, eps = 0.4, torch.randn(1, 2000, 1)
 
-    def velocity(x, t, conditional):
+    def velocity(x, t, guided):
         t = t[0].item()
         return x * (t - (1 - t) * s * s) / (t * t + (1 - t) ** 2 * s * s)
-    error = [(list(sample(velocity, eps, n, 1.0))[-1][2] - s * eps).abs().mean().item()
+    error = [(list(sample(velocity, eps, n, 1.0, scale=1.0))[-1][2] - s * eps).abs().mean().item()
              for n in (21, 41, 81)]
     assert error[2] < 0.02 and error[0] > 1.6 * error[1] > 2.5 * error[2]     # first order
 
@@ -45,15 +45,15 @@ def test_euler_converges_to_the_exact_solution_of_a_gaussian():
 def test_guidance_switches_on_inside_the_interval_and_costs_nothing_outside():
     asked = []
 
-    def velocity(x, t, conditional):
-        asked.append((round(t[0].item(), 4), conditional))
-        return torch.zeros_like(x)
+    def velocity(x, t, guided):
+        asked.append((round(t[0].item(), 4), guided))
+        return (x, x) if guided else x
     list(sample(velocity, torch.randn(1, 4, 2), 11, 1.0, scale=2.0, interval=(0.4, 0.8)))
-    guided = sorted({t for t, conditional in asked if not conditional})
-    assert guided == [0.5, 0.6, 0.7, 0.8]           # lo < t <= hi
+    assert sorted(t for t, guided in asked if guided) == [0.5, 0.6, 0.7, 0.8]   # lo < t <= hi
+    assert len(asked) == 10
     asked.clear()
     list(sample(velocity, torch.randn(1, 4, 2), 11, scale=1.0))
-    assert all(conditional for _, conditional in asked) and len(asked) == 10
+    assert not any(guided for _, guided in asked) and len(asked) == 10
 
 
 def test_guide():

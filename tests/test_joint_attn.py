@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from joint_attn import Context, Expert, Tower, rope, rotate
+from joint_attn import Context, Expert, Linear, Tower, rope, rotate
 
 
 def slow_attention(q, k, v, see):
@@ -130,6 +130,21 @@ def test_rope_turns_by_the_id_and_keeps_lengths():
     torch.testing.assert_close((at(q, 7) * at(k, 4)).sum(), (at(q, 13) * at(k, 10)).sum())
     torch.testing.assert_close(at(q, 9).norm(), q.norm())
     assert (at(q, 1) - q).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("out, bias", [(512, True), (1408, False), (701, True)])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (1, 2), (8, 1), (2, 4), (9,)])
+def test_few_rows_are_multiplied_as_many_are(shape, out, bias):
+    """The way of few rows equals F.linear, gradients too, whatever the rows and the parts."""
+    torch.manual_seed(0)
+    layer, found = Linear(512, out, bias=bias), []
+    for way in (layer.forward, torch.nn.Linear.forward.__get__(layer)):
+        x = torch.randn(*shape, 512, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        y = way(x)
+        assert y.shape == (*shape, out)
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])

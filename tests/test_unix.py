@@ -9,7 +9,7 @@ import torch
 from ar import decode, pick, report_loss
 from conftest import small_config
 from data import UserError
-from diffusion import VAE
+from diffusion import VAE, position_ids, sample
 from unix import PRESETS, UniX, read_safetensors, released, write_safetensors
 
 
@@ -111,6 +111,23 @@ def test_generated_films_do_not_depend_on_the_batch(model):
     other = model.generate(["clear"], 32, seeds=[7], points=4)
     assert (other[0].int() - alone[0].int()).abs().max() > 1
     assert model.generate(["clear"], 48, seeds=[6], points=3).shape == (1, 3, 48, 48)
+
+
+@torch.no_grad()
+def test_guidance_in_one_pass_equals_two(model):
+    """A batch of captions of several lengths, against each alone, with and without its caption."""
+    captions, places = [[1, 2, 3], [4]], position_ids(4, 4, 8)
+    drawn = list(model.draw(captions, 4, 4, [5, 6], points=4, scale=3.0, interval=(0.7, 1.0)))
+    for i, (caption, seed) in enumerate(zip(captions, (5, 6))):
+        context = model.read([caption])
+
+        def velocity(x, t, guided):
+            v, _ = model.velocity(x, t, context, places)
+            return (v, model.velocity(x, t, None, places)[0]) if guided else v
+        noise = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(seed))
+        steps = sample(velocity, noise, points=4, scale=3.0, interval=(0.7, 1.0))
+        for (_, _, x), together in zip(steps, drawn):
+            torch.testing.assert_close(together[i].flatten(1).T, x[0], atol=1e-4, rtol=1e-4)
 
 
 def test_bad_texts_and_sizes_are_named(model):
