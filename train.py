@@ -49,9 +49,9 @@ STAGES = {
         3: Stage("generation", 512, 1e-4, 0, 5_000, ema=0.9999),
     },
     "tiny": {   # the same in half an hour on two cores; sizes keep the paper's ratios
-        0: Stage("vae", 64, 2e-3, 50, 1_400, batch=4, decay=0.4, muon=0.02),
-        1: Stage("understanding", 96, 2e-3, 50, 2_500, batch=16, decay=0.4, muon=0.02),
-        2: Stage("generation", 64, 2e-3, 50, 3_600, batch=16, repa=0.5, ema=0.998, decay=0.3,
+        0: Stage("vae", 64, 2e-3, 50, 1_500, batch=2, decay=0.4, muon=0.02),
+        1: Stage("understanding", 96, 2e-3, 50, 3_200, batch=16, decay=0.4, muon=0.005),
+        2: Stage("generation", 64, 2e-3, 50, 5_600, batch=16, repa=0.5, ema=0.998, decay=0.3,
                  muon=0.02, films=16_384),
         3: Stage("generation", 128, 1e-3, 0, 1_200, batch=8, ema=0.99, decay=0.5, muon=0.01,
                  films=4_096),
@@ -549,16 +549,16 @@ class Trainer:
     # ------------------------------------------------------------ the loop
 
     def stream(self):
-        """Batches from this step on. Stage 0 sees films at its resolution twice, then once films
-        twice as large."""
+        """Batches from this step on. Stage 0 sees films at its resolution three times, then once
+        films twice as large."""
         def start(data, step):
             return batches(data, self.stage.batch, self.options.seed, step, self.options.workers,
                            self.procs.rank, self.procs.world)
         if self.stage.trains != "vae":
             return start(self.data, self.step)
-        small, large = (start(d, n) for d, n in zip(self.data, (self.step - self.step // 3,
-                                                                self.step // 3)))
-        return (next(large if k % 3 == 2 else small) for k in itertools.count(self.step))
+        small, large = (start(d, n) for d, n in zip(self.data, (self.step - self.step // 4,
+                                                                self.step // 4)))
+        return (next(large if k % 4 == 3 else small) for k in itertools.count(self.step))
 
     def fit(self):
         """Trains to the end, or until Ctrl-C, which saves."""

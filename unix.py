@@ -60,7 +60,7 @@ PRESETS = {
     "unix": Config(),
     "tiny": Config(
         vit_image=96, vit_patch=16, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
-        vocab=1024, layers=3, width=160, heads=5, kv_heads=5, head_dim=32, mlp=448,
+        vocab=1024, layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=352,
         max_tokens=256, bos=0, eos=1, boi=2, eoi=3, resolution=128, guidance=3.0,
         vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [], "scale": 1.0, "shift": 0.0}),
 }
