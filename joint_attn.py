@@ -63,7 +63,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         few = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= 8 * x.shape[-1]
-        if not few or self.weight.numel() < 1 << 17:        # small ones are in the cache anyway
+        if not few or self.weight.numel() < 1 << 18:        # small ones are in the cache anyway
             return super().forward(x)
         parts, n = math.gcd(self.out_features, 8), self.in_features
         w, rows = self.weight.view(parts, -1, n), x.reshape(-1, n).T.expand(parts, -1, -1)
