@@ -441,8 +441,8 @@ def evaluate(args):
     if model.vae is not None:
         metrics["autoencoder"] = {}
         for side in (s for s in (size // 2, size) if s % model.vae.factor == 0):
-            small = open_data(args.data, args.split, side)
-            small = np.stack([small[int(i)]["image"] for i in list(films)[:100]])
+            small = open_data(args.data, args.split, max(side, 64))
+            small = np.stack([square(small[int(i)]["image"], side) for i in list(films)[:100]])
             metrics["autoencoder"] |= reconstruction(model, small)
         if model.llm2vae.weight.any():                  # stage 2 has been run
             captions = {i: f["caption"] for i, f in films.items()}

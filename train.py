@@ -420,6 +420,8 @@ class Trainer:
         films = int((~draw["reads"]).sum()) if self.both else len(draw["reads"])
         tokens, films = self.procs.total(torch.tensor([tokens, films], device=self.device)).tolist()
         latents = 0 if self.stage.trains == "understanding" else draw["eps"][0, 0].numel()
+        if self.stage.trains == "vae":
+            latents = batch["image"][0].numel() // self.vae.factor ** 2
         self.tokens = tokens + films * latents
         return {"text": 1 / max(tokens, 1), "flow": 1 / max(films, 1), "mse": 1 / films,
                 "repa": self.stage.repa / max(films, 1), "kl": 1e-5 / films}

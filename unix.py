@@ -72,7 +72,6 @@ class UniX(nn.Module):
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None, vae: VAE | None = None):
         super().__init__()
         c = self.config = config
-        self.tokenizer, self.vae = tokenizer, vae
         self.vit = ViT(c.vit_image, c.vit_patch, c.vit_width, c.vit_mlp, c.vit_heads, c.vit_layers)
         self.connector = Connector(c.vit_width, c.width)
         self.lm = LanguageModel(c.vocab, c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.mlp,
@@ -82,11 +81,12 @@ class UniX(nn.Module):
         self.time_embedder = TimeEmbedder(c.width)
         self.register_buffer("positions", position_table(c.latent_side, c.width))
         for name, p in self.named_parameters():
-            if not name.startswith(("vit.", "vae.")) and p.dim() == 2:
+            if not name.startswith("vit.") and p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         nn.init.zeros_(self.llm2vae.weight)         # so that the first velocity is 0
+        self.tokenizer, self.vae = tokenizer, vae
 
     @property
     def device(self) -> torch.device:
