@@ -199,10 +199,11 @@ def orthogonal(x: Tensor) -> Tensor:
     x = x / (x.norm() + 1e-7)
     gram, product = x @ x.T, None
     for _ in range(3):
+        if product is not None:
+            gram = p @ gram @ p
         p = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
         p.diagonal().add_(3.4445)
         product = p if product is None else p @ product
-        gram = p @ gram @ p
     return product @ x
 
 
