@@ -51,9 +51,9 @@ STAGES = {
     "tiny": {   # the same in half an hour on two cores; sizes keep the paper's ratios
         0: Stage("vae", 64, 2e-3, 50, 1_500, batch=2, decay=0.4, muon=0.02),
         1: Stage("understanding", 96, 2e-3, 50, 3_000, batch=16, decay=0.4, muon=0.005),
-        2: Stage("generation", 64, 2e-3, 50, 5_600, batch=16, repa=0.5, ema=0.998, decay=0.3,
+        2: Stage("generation", 64, 2e-3, 50, 4_000, batch=16, repa=0.5, ema=0.998, decay=0.4,
                  muon=0.02, films=16_384),
-        3: Stage("generation", 128, 1e-3, 0, 1_200, batch=8, ema=0.99, decay=0.5, muon=0.01,
+        3: Stage("generation", 128, 2e-3, 0, 4_600, batch=4, ema=0.998, decay=0.7, muon=0.02,
                  films=4_096),
     },
 }
