@@ -313,7 +313,7 @@ def training(args):
               ("<=", 1e-4))
     product, flops = multiply()
     ours, slow, slowest, ceiling = timed(step, slow_step, slowest_step, product,
-                                         n=2 if args.quick else 7)
+                                         n=1 if args.quick else 7)
     c, per, n, text = MID, size(model.lm.tower, ".gen."), 256, 64
     attention = 4 * c.layers * (n + 2) * (n + 2 + text) * c.width
     useful = 4 * (2 * per * (text + 2) + 3 * (2 * per * n + attention))
@@ -399,7 +399,7 @@ def data(args):
                       .repeat(8, 1), films / f"{i}.png")
             lines.append(f"{i}.png,The lungs are clear.")
         (films / "metadata.csv").write_text("\n".join(lines))
-        for source, workers in (("phantom", 0), ("phantom", 2), (films, 2)):
+        for source, workers in (("phantom", 0), ("phantom", 2), (films, 2))[:1 if args.quick else 3]:
             out = Path(folder) / f"{Path(source).name}{workers}"
             waits, works = waiting(train.Options(stage=1, data=str(source), out=str(out),
                                                  workers=workers), n)

@@ -452,3 +452,13 @@ def test_a_kill_in_the_middle_of_the_first_save_loses_nothing(folder, tmp_path, 
     train.run(options(folder, tmp_path, 1, steps=4))
     assert UniX.load(tmp_path).tokenizer is not None
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
+
+
+def test_excerpts_are_the_caption_or_some_of_its_sentences():
+    caption = "FINDINGS: Small left effusion. No nodule. Heart size is normal. IMPRESSION: Left effusion."
+    sentences = ["Small left effusion", "No nodule", "Heart size is normal", "Left effusion"]
+    grid = [x / 10 for x in range(10)]
+    found = {train.excerpt(caption, [0.7, start, count]) for start in grid for count in grid}
+    assert found == {". ".join(sentences[i:i + n]) + "." for i in range(4) for n in (1, 2, 3)}
+    assert train.excerpt(caption, [0.4, 0.9, 0.9]) == caption
+    assert train.excerpt("clear lungs", [0.9, 0.9, 0.9]) == "clear lungs."

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ar import decode, pick, report_loss
+from ar import ViT, decode, pick, report_loss
 from conftest import small_config
 from data import UserError
 from diffusion import VAE, position_ids, sample
@@ -273,3 +273,13 @@ def test_a_janus_folder_is_a_starting_point(model, films, tmp_path, kind):
     assert loaded.config.kv_heads == 2 and loaded.config.head_dim == 10
     total, count = loaded.report_loss(films, [[1]] * 3, [[2, 3]] * 3)
     assert math.isfinite(total) and count == 9
+
+
+def test_a_new_image_encoder_attends_to_neighbours():
+    torch.manual_seed(0)
+    vit = ViT(96, 16, 64, 64, 2, 1)
+    q, k, _ = vit.blocks[0].attn["qkv"](torch.nn.functional.layer_norm(vit.pos_embed, (64,))).chunk(3, -1)
+    p = (q[0, :, :32] @ k[0, :, :32].T / 32 ** 0.5).softmax(-1)     # the first head, places alone
+    at = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), -1).view(36, 2)
+    far = (at[:, None] - at[None]).abs().amax(-1)
+    assert p[far <= 1].mean() > 2 * p[far >= 3].mean()
