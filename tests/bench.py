@@ -6,7 +6,7 @@ Each part measures the machine's own ceiling (matrix product rate, bandwidth at 
 a matrix-vector product are read) or the obvious slower way right beside this code, in turns, and
 prints the ratio of the medians with the 10th and 90th percentile of the measurement. Only ratios
 compare between machines. `mid` is 512 wide with 8 layers; `tiny` and `unix` are the presets.
-`--quick` (a minute or two) leaves out peaks of memory and the 3B-parameter model.
+`--quick` (within a minute) leaves out peaks of memory and the 3B-parameter model.
 """
 
 import argparse
