@@ -841,7 +841,7 @@ def write_report(findings, rng):
 
     What is there comes first, in the order of CLASSES, and denials have an order too: a reader that
     writes the likeliest next word would else always begin with a denial, and most of what it has
-    to learn would be the throw of a dice. rng: a numpy Generator. About 10 to 45 words.
+    to learn would be the throw of a dice. rng: a numpy Generator. About 10 to 55 words.
     """
     def pick(options):
         return options[rng.integers(len(options))]

@@ -138,7 +138,8 @@ def ceilings(args):
 def token_times(model, context: int, b=1, n=24) -> list[float]:
     """Seconds of each token written after a context."""
     tokens = torch.randint(4, model.config.vocab, (b, context))
-    at = [time.perf_counter() for _ in decode(model.lm, tokens, torch.full((b,), context), None, -1, n)]
+    steps = decode(model.lm, tokens, torch.full((b,), context), None, -1, n)
+    at = [time.perf_counter() for _ in steps]
     return [y - x for x, y in zip(at[1:], at[2:])]
 
 
@@ -174,7 +175,8 @@ def decoding(args):
         yield row(f"{name}: batch of 8", eight, "tokens/s", "batch of 1", 8 * ratio(one, eight),
                   (">=", 4), show=lambda t: 8 / t)
         if name == "mid":
-            short, long = many([lambda: token_times(model, 64), lambda: token_times(model, 1600)], n)
+            short, long = many([lambda: token_times(model, 64),
+                                lambda: token_times(model, 1600)], n)
             grown = (fixed + each * 1600) / (fixed + each * 64)
             yield row("mid: a token after 1600", long, "ms", "after 64, per byte read",
                       ratio(long, short) / grown, ("<=", 1.1), show=lambda t: 1e3 * t)
@@ -199,7 +201,8 @@ def denoising(args):
         next(state[0])
         return lambda: next(state[0])
     product, flops = multiply()
-    guided, single, longer, ceiling = timed(steps(64, 2), steps(64, 1), steps(512, 1), product, n=count)
+    guided, single, longer, ceiling = timed(steps(64, 2), steps(64, 1), steps(512, 1), product,
+                                            n=count)
     useful = step_flops(MID, per, n, 64) + step_flops(MID, per, n, 0)
     yield row("mid: guided step", guided, "s", "matrix product rate, useful FLOPs",
               useful / flops * ratio(ceiling, guided), (">=", 0.8))
