@@ -111,10 +111,14 @@ def position_table(side: int, width: int) -> Tensor:
     return torch.cat([column, row], dim=-1).reshape(side * side, width).float()
 
 
-def position_ids(h: int, w: int, side: int) -> Tensor:
+def position_ids(h: int, w: int, side: int, interpolate=False) -> Tensor:
     """Table rows of an h x w latent image -> (h w,). A larger image reads more of the table, so
-    going from 256 to 512 px (stage 3) adds no weights."""
-    return (torch.arange(h)[:, None] * side + torch.arange(w)).flatten()
+    going from 256 to 512 px (stage 3) adds no weights: more of it from the corner, or, with
+    `interpolate` (released code, off there), more places spread evenly over all of it."""
+    row, column = torch.arange(h), torch.arange(w)
+    if interpolate:
+        row, column = row * side // h, column * side // w
+    return (row[:, None] * side + column).flatten()
 
 
 # ---------------------------------------------------------------- autoencoder (CompVis kl-f16)

@@ -44,6 +44,7 @@ class Config:
     mlp: int = 5632
     max_tokens: int = 2048      # text tokens of a caption or report
     latent_side: int = 32       # latent position table is latent_side x latent_side
+    interpolate_pos: bool = False   # latents spread over the whole table at any size
     latent_channels: int = 16
     share_layers: int = 0       # this many first layers have one expert for both branches
     bos: int = 100000
@@ -61,7 +62,8 @@ PRESETS = {
     "tiny": Config(
         vit_image=96, vit_patch=16, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
         vocab=1024, layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=352,
-        max_tokens=256, bos=0, eos=1, boi=2, eoi=3, resolution=128, guidance=3.0,
+        max_tokens=256, latent_side=16, interpolate_pos=True, bos=0, eos=1, boi=2, eoi=3,
+        resolution=128, guidance=4.0,
         vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [], "scale": 1.0, "shift": 0.0}),
 }
 
@@ -182,7 +184,7 @@ class UniX(nn.Module):
 
     def flow_loss(self, latents: Tensor, context, t: Tensor, eps: Tensor, frozen=True, tap=0):
         """Eq. 2 a sample (b,) for clean latents and noise (b, c, h, w), and the tapped states."""
-        places = position_ids(*latents.shape[2:], self.config.latent_side).to(latents.device)
+        places = self.places(*latents.shape[2:])
         x0, eps = (a.flatten(2).transpose(1, 2) for a in (latents, eps))        # (b, n, c)
         v, tapped = self.velocity(path(x0, eps, t), t, context, places, frozen, tap)
         return velocity_loss(v, x0, eps), tapped
@@ -199,7 +201,7 @@ class UniX(nn.Module):
             both = context.with_empty()             # so that a guided step is one pass
         noise = [torch.randn(h * w, self.config.latent_channels,
                              generator=torch.Generator().manual_seed(s)) for s in seeds]
-        places = position_ids(h, w, self.config.latent_side).to(self.device)
+        places = self.places(h, w)
 
         def velocity(x, t, guided):
             if guided:
@@ -207,6 +209,11 @@ class UniX(nn.Module):
             return self.velocity(x, t, context, places)[0]
         for _, _, x in sample(velocity, torch.stack(noise).to(self.device), **how):
             yield x.transpose(1, 2).unflatten(2, (h, w))
+
+    def places(self, h: int, w: int) -> Tensor:
+        """Rows of the position table for h x w latents (h w,)."""
+        side, spread = self.config.latent_side, self.config.interpolate_pos
+        return position_ids(h, w, side, spread).to(self.device)
 
     def side(self, size: int | None) -> int:
         """Latent rows of a film of `size` pixels a side (None: as trained). Raises UserError."""
@@ -295,8 +302,9 @@ def config_json(model: UniX) -> dict:
     about = {
         "model_type": "unix", "architectures": ["UniX"], "visual_gen": True, "visual_und": True,
         "latent_patch_size": 1, "max_latent_size": c.latent_side, "timestep_shift": 1.0,
-        "vit_max_num_patch_per_side": c.vit_image // c.vit_patch, "interpolate_pos": False,
-        "connector_act": "gelu_pytorch_tanh", "language_config": text,
+        "vit_max_num_patch_per_side": c.vit_image // c.vit_patch,
+        "interpolate_pos": c.interpolate_pos, "connector_act": "gelu_pytorch_tanh",
+        "language_config": text,
         "llm_config": {**text, "model_type": "qwen2", "layer_module": "Qwen2MoTDecoderLayer",
                        "qk_norm": True, "tie_word_embeddings": False},
         "vit_config": {"model_type": "siglip_vision_model", "hidden_size": c.vit_width,
@@ -349,6 +357,7 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
         max_tokens=text.get("max_position_embeddings", base.max_tokens),
         latent_side=math.isqrt(size("positions", 0, base.latent_side ** 2)),
         latent_channels=size("vae2llm.weight", 1, base.latent_channels),
+        interpolate_pos=bool(about.get("interpolate_pos", False)),
         guidance=drawing.get("cfg_text_scale", base.guidance), **markers, **about.get("ours", {}))
 
 

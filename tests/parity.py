@@ -73,6 +73,7 @@ def parity_parts(p: Parity):
         h, w = (int(n) // m.vae.factor for n in size.split("x"))
         ids = position_ids(h, w, m.config.latent_side)
         p.check(name, ids)
+        p.check(f"pos/ids_interpolate_{size}", position_ids(h, w, m.config.latent_side, True))
         p.check(f"pos/rows_{size}", m.positions[ids])
     p.check("time/t", get("time/t"))
     p.check("time/freq", time_features(get("time/t")))

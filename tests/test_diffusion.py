@@ -70,8 +70,9 @@ def test_guide():
 def test_times():
     """Shift fixes 0 and 1 and moves the middle to s / (1 + s); training times are logit-normal."""
     torch.testing.assert_close(shift_time(torch.tensor([0., .5, 1.]), 3.0), torch.tensor([0., .75, 1.]))
-    z = torch.logit(sample_time(200_000, torch.Generator().manual_seed(0)).double())
-    assert abs(z.mean()) < 0.01 and abs(z.std() - 1) < 0.01
+    for shift in (1.0, 4.0):
+        z = torch.logit(sample_time(200_000, torch.Generator().manual_seed(0), shift).double())
+        assert abs(z.mean() - math.log(shift)) < 0.01 and abs(z.std() - 1) < 0.01
 
 
 def test_loss_is_the_mean_square_of_the_velocity_error():
@@ -91,6 +92,13 @@ def test_time_features_and_position_table_by_hand():
 def test_a_larger_image_reads_more_of_the_same_table():
     assert position_ids(2, 3, 32).tolist() == [0, 1, 2, 32, 33, 34]
     assert set(position_ids(16, 16, 32).tolist()) < set(position_ids(32, 32, 32).tolist())
+
+
+def test_interpolated_places_are_the_same_at_every_size():
+    """Row and column 2i of an image twice as large are row and column i; the largest has all."""
+    small, large = (position_ids(n, n, 16, interpolate=True).view(n, n) for n in (8, 16))
+    assert torch.equal(large[::2, ::2], small)
+    assert large.flatten().tolist() == list(range(256))
 
 
 @pytest.fixture(scope="module")

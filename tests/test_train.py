@@ -226,7 +226,7 @@ def test_table_1():
     for k, row in want.items():
         s = STAGES["unix"][k]
         assert (s.trains, s.pixels, s.lr, s.warmup, s.steps, s.batch, s.repa) == row
-        assert not s.decay and not s.muon
+        assert not s.decay and not s.muon and s.shift == 1
 
 
 def test_captions_are_dropped_one_time_in_ten_and_times_are_logit_normal(folder, tmp_path):
