@@ -283,3 +283,14 @@ def test_a_new_image_encoder_attends_to_neighbours():
     at = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), -1).view(36, 2)
     far = (at[:, None] - at[None]).abs().amax(-1)
     assert p[far <= 1].mean() > 2 * p[far >= 3].mean()
+
+
+def test_a_saved_model_finds_the_same_places(tmp_path):
+    """Places spread over the table survive saving; other ones are those of the corner."""
+    torch.manual_seed(0)
+    for spread in (True, False):
+        model = UniX(small_config(interpolate_pos=spread))
+        model.save(tmp_path / str(spread))
+        again = UniX.load(tmp_path / str(spread))
+        assert again.places(2, 4).tolist() == model.places(2, 4).tolist()
+        assert again.places(2, 4)[:3].tolist() == ([0, 2, 4] if spread else [0, 1, 2])
