@@ -237,11 +237,14 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def ease(self):
-        """Starts training well (ours): every residual adds nothing, latents have little noise."""
+        """Starts training well (ours): orthogonal convolutions, so that more of the latents'
+        channels are used, every residual adds nothing, latents have little noise."""
         for name, p in self.named_parameters():
             if "conv2" in name or "proj_out" in name:
                 p.zero_()
-        self.quant_conv.bias[self.channels:] = -5
+            elif p.dim() == 4:
+                nn.init.orthogonal_(p)
+        self.quant_conv.bias[self.channels:] = -8
 
     @staticmethod
     def sizes(weights: dict[str, Tensor]) -> dict:
