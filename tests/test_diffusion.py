@@ -128,3 +128,13 @@ def test_vae_shapes_units_and_sampling(vae):
 def test_to_uint8_truncates():
     pixels = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])
     assert to_uint8(pixels).tolist() == [0, 0, 127, 254, 255, 255]
+
+
+def test_a_new_autoencoder_starts_with_orthogonal_convolutions_and_empty_residuals():
+    vae = VAE(ch=32, mult=(1, 2), blocks=1, attn=(1,), z=4, embed=4)
+    for conv in (vae.encoder.conv_in, vae.encoder.conv_out, vae.decoder.conv_in, vae.quant_conv):
+        s = torch.linalg.svdvals(conv.weight.flatten(1))
+        torch.testing.assert_close(s, torch.ones_like(s), atol=1e-4, rtol=0)
+    x = torch.randn(2, 64, 4, 4)
+    for part in vae.encoder.mid.values():
+        assert torch.equal(part(x), x)

@@ -239,7 +239,7 @@ def test_captions_are_dropped_one_time_in_ten_and_times_are_logit_normal(folder,
     assert torch.equal(draw["time"], trainer.draws(7)["time"])
     assert abs(torch.logit(draw["time"]).std() - 1) < 0.05
     trainer.stage = train.replace(trainer.stage, shift=8.0, steps=100)
-    for k, shift in ((0, 8), (60, 8), (80, 8 ** 0.5), (100, 1)):     # sigmoid(z + log s) is sigmoid(z) shifted
+    for k, shift in ((0, 8), (60, 8), (80, 8 ** 0.5), (100, 1)):     # a shift adds its log to z
         middle = torch.logit(trainer.draws(k)["time"]).median()
         assert abs(middle - math.log(shift)) < 0.05
     assert abs(sample_time(20000).median() - 0.5) < 0.02
