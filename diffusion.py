@@ -222,17 +222,22 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """KL autoencoder with CompVis parameter names. `attn` lists the levels with attention."""
+    """KL autoencoder with CompVis parameter names. `attn` lists the levels with attention.
+    `groups` of the group norms: 32, or fewer for few channels, where 32 would leave one channel to
+    a group and forget its brightness."""
 
     def __init__(self, ch=128, mult=(1, 1, 2, 2, 4), blocks=2, attn=(4,), z=16, embed=16,
-                 scale=0.238092, shift=-0.201906):
+                 scale=0.238092, shift=-0.201906, groups=32):
         super().__init__()
         self.encoder = Encoder(ch, mult, blocks, attn, z)
         self.decoder = Decoder(ch, mult, blocks, attn, z)
         self.quant_conv = nn.Conv2d(2 * z, 2 * embed, 1)
         self.post_quant_conv = nn.Conv2d(embed, z, 1)
         self.factor, self.channels = 2 ** (len(mult) - 1), embed
-        self.scale, self.shift = scale, shift
+        self.scale, self.shift, self.groups = scale, shift, groups
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.num_groups = groups
         self.ease()
 
     @torch.no_grad()

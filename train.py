@@ -82,12 +82,12 @@ class Options:
     preset: str = option("tiny", "tiny (a laptop) or unix (the paper)", choices=tuple(STAGES))
     weights: str = option(None, "weights folder to start from: UniX, Janus-Pro, or a run of yours")
     vae: str = option(None, "autoencoder to use instead of stage 0: CompVis .ckpt or .safetensors")
-    repa_teacher: str = option(None, "RAD-DINO folder that stage 2 aligns with (default: our ViT)")
     steps: int = option(None, "optimizer steps (default: see --plan)")
     batch_size: int = option(None, "films a step, over all processes")
     accumulate: int = option(1, "parts that a batch is worked through in; same result, less memory")
     lr: float = option(None, "learning rate")
-    repa: float = option(None, "weight of the alignment loss in stage 2")
+    repa: str = option(None, "stage 2's alignment: its weight, or a RAD-DINO folder to align with\n"
+                       "(default: 0.5, with the model's own image encoder)")
     train: str = option("own", "own: only the stage's branch learns; both: Table 5",
                         choices=("own", "both"))
     mix: str = option("1:1", "with --train both: films that are read : films that are drawn",
@@ -371,7 +371,7 @@ class Trainer:
             side = self.stage.pixels // self.vae.factor * (2 if self.stage.trains == "vae" else 1)
             shape = (b, self.vae.channels, side, side)
             draw |= {name: torch.randn(shape, generator=rng) for name in ("eps", "z")}
-            draw["excerpt"] = torch.rand(b, 3, generator=rng)
+            draw["excerpt"] = torch.rand(b, generator=rng)
         share = [int(n) for n in o.mix.split(":")]
         reads = round(b * share[0] / sum(share)) if self.both else b
         draw["reads"] = torch.arange(b) < reads
@@ -661,13 +661,13 @@ def pick_rows(batch: dict, rows: Tensor) -> dict:
             for k, v in batch.items()}
 
 
-def excerpt(caption: str, u: list[float]) -> str:
-    """The caption, or half of the time one to three sentences in a row of it, so that short prompts
-    are understood too (ours). u: three uniform numbers decide."""
-    sentences = re.sub(r"\b[A-Z]+: ", "", caption).split(". ")
-    start = int(u[1] * len(sentences))
-    some = ". ".join(sentences[start:start + 1 + int(3 * u[2])]).strip()
-    return caption if u[0] < 0.5 or not some else some.removesuffix(".") + "."
+def excerpt(caption: str, u: float) -> str:
+    """The caption, or a quarter of the time just its last section, the impression, without its
+    name, so that short prompts are understood too (ours). It tells all that is found; sentences
+    picked at random would not, and teach that what is not named may be drawn all the same.
+    u: a uniform number."""
+    sections = [part.strip() for part in re.split(r"\b[A-Z]+: ", caption) if part.strip()]
+    return sections[-1] if u < 0.25 and sections else caption
 
 
 def align(states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -746,11 +746,13 @@ class Log:
 
 def plan(options: Options, stage: Stage):
     """Prints sizes, memory and steps, without training (meta device: no memory is used)."""
+    rank, world = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    if rank:
+        return
     with torch.device("meta"):
         config = PRESETS[options.preset]
         model = UniX(config)
-        kind = {k: v for k, v in config.vae.items() if k not in ("scale", "shift")}
-        model.vae = VAE(**kind)
+        model.vae = VAE(**config.vae)
     count = {name: sum(p.numel() for p in model.branch(name).values())
              for name in ("understanding", "generation", "vae")}
     learns = count[stage.trains] + (count["understanding"] if options.train == "both" else 0)
@@ -764,10 +766,12 @@ def plan(options: Options, stage: Stage):
     tokens = {"understanding": image + 150, "generation": latents}.get(stage.trains, 0)
     kept = config.width if options.checkpointing else 14 * config.width + 3 * config.mlp
     total = sum(count.values())
+    films = stage.batch / options.accumulate / world
     memory = {"weights": 4 * total, "gradients": 4 * learns, "optimizer": 8 * learns,
               "average": 4 * learns if stage.ema else 0,
-              "activations": 4 * kept * config.layers * tokens * stage.batch / options.accumulate}
-    print("  memory: " + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in memory.items())
+              "activations": 4 * kept * config.layers * tokens * films}
+    print(f"  memory of each of {world} device(s): "
+          + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in memory.items())
           + f"; in all {sum(memory.values()) / 2**30:.2f} GiB")
     films = stage.steps * stage.batch
     print(f"  {stage.steps} steps of {stage.batch} films = {films:,} films"
@@ -800,6 +804,14 @@ def share(model: UniX, layers: int):
     if layers >= len(tower.layers):
         tower.norm_gen = tower.norm
     model.config.share_layers = max(layers, model.config.share_layers)
+
+
+def alignment(options: Options) -> tuple[float | None, str | None]:
+    """What --repa says: (weight, None), or (None, folder of a teacher)."""
+    try:
+        return float(options.repa), None
+    except (TypeError, ValueError):
+        return None, options.repa
 
 
 def unfinished(file: Path) -> bool:
@@ -849,8 +861,8 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
             share(model, o.share_layers)
         model.config.no_context = o.no_context
         teacher = model.vit if stage.repa else None
-        if teacher and o.repa_teacher:
-            teacher = load_rad_dino(o.repa_teacher).to(procs.device)
+        if teacher and alignment(o)[1]:
+            teacher = load_rad_dino(alignment(o)[1]).to(procs.device)
         images = open_data(o.data, "train", model.config.vit_image) if o.train == "both" else None
         with procs.first():
             count = min(len(data), stage.films or len(data))
@@ -864,7 +876,7 @@ def run(options: Options, procs: Processes | None = None):
     """Runs a stage, or prints its plan. Raises UserError, and Stopped after Ctrl-C."""
     stage = STAGES[options.preset][options.stage]
     chosen = {"steps": options.steps, "batch": options.batch_size, "lr": options.lr,
-              "repa": options.repa if options.stage == 2 else None}
+              "repa": alignment(options)[0] if options.stage == 2 else None}
     stage = replace(stage, **{k: v for k, v in chosen.items() if v is not None})
     if options.plan:
         return plan(options, stage)

@@ -62,9 +62,10 @@ PRESETS = {
     "tiny": Config(
         vit_image=96, vit_patch=16, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
         vocab=1024, layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=352,
-        max_tokens=256, latent_side=16, interpolate_pos=True, bos=0, eos=1, boi=2, eoi=3,
+        max_tokens=256, latent_side=64, interpolate_pos=True, bos=0, eos=1, boi=2, eoi=3,
         resolution=128, guidance=4.0,
-        vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [], "scale": 1.0, "shift": 0.0}),
+        vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [],
+             "scale": 1.0, "shift": 0.0, "groups": 8}),
 }
 
 
@@ -406,16 +407,17 @@ def read_vae(folder: Path, about: dict) -> VAE | None:
 
 
 def save_vae(vae: VAE, folder: Path):
-    """Writes an autoencoder and the scale and shift of its latents."""
+    """Writes an autoencoder, the scale and shift of its latents, and the groups of its norms."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps({"scale_factor": vae.scale, "shift_factor": vae.shift}))
+        temporary.write_text(json.dumps({"scale_factor": vae.scale, "shift_factor": vae.shift,
+                                         "norm_groups": vae.groups}))
     write_safetensors(vae.state_dict(), folder / "model.safetensors")
 
 
 def load_vae(file: str | Path, scale=0.238092, shift=-0.201906) -> VAE:
     """A CompVis autoencoder from .ckpt or .safetensors, whatever its sizes. A config.json beside it
-    wins over scale and shift. Raises UserError."""
+    wins over scale and shift, and tells groups of norms other than 32. Raises UserError."""
     file = Path(file)
     beside, parts = file.parent / "config.json", ("encoder.", "decoder.", "quant_", "post_quant_")
     weights = {k: v for k, v in read_tensors(file).items() if k.startswith(parts)}  # not loss.*
@@ -426,7 +428,7 @@ def load_vae(file: str | Path, scale=0.238092, shift=-0.201906) -> VAE:
         raise UserError(f"{file}: not a CompVis autoencoder ({e}); see --vae") from None
     with torch.device("meta"):
         vae = VAE(**sizes, scale=about.get("scale_factor", scale),
-                  shift=about.get("shift_factor", shift))
+                  shift=about.get("shift_factor", shift), groups=about.get("norm_groups", 32))
     fit(vae, weights, torch.float32, file)
     return vae.eval()
 

@@ -319,8 +319,9 @@ def test_unknown_flags_and_values_exit_with_2(words, capsys):
 
 
 def test_vae_of_tiny_is_read_back_from_its_shapes():
-    kind = {k: v for k, v in train.PRESETS["tiny"].vae.items() if k not in ("scale", "shift")}
-    assert VAE.sizes(VAE(**kind).state_dict()) == {**kind, "z": 16, "embed": 16}
+    kind = train.PRESETS["tiny"].vae
+    told = {k: kind[k] for k in ("scale", "shift", "groups")}       # config.json tells these
+    assert VAE.sizes(VAE(**kind).state_dict()) | told == kind | {"z": 16, "embed": 16}
 
 
 def test_the_tokenizer_of_a_run_covers_its_reports(trained, folder):
@@ -478,11 +479,9 @@ def test_a_kill_in_the_middle_of_the_first_save_loses_nothing(folder, tmp_path, 
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
 
 
-def test_excerpts_are_the_caption_or_some_of_its_sentences():
-    caption = "FINDINGS: Small left effusion. No nodule. Heart size is normal. IMPRESSION: Left effusion."
-    sentences = ["Small left effusion", "No nodule", "Heart size is normal", "Left effusion"]
-    grid = [x / 10 for x in range(10)]
-    found = {train.excerpt(caption, [0.7, start, count]) for start in grid for count in grid}
-    assert found == {". ".join(sentences[i:i + n]) + "." for i in range(4) for n in (1, 2, 3)}
-    assert train.excerpt(caption, [0.4, 0.9, 0.9]) == caption
-    assert train.excerpt("clear lungs", [0.9, 0.9, 0.9]) == "clear lungs."
+def test_excerpts_are_the_caption_or_its_impression():
+    caption = "FINDINGS: Small left effusion. No nodule. IMPRESSION: Left effusion."
+    found = [train.excerpt(caption, u / 100) for u in range(100)]
+    assert found.count("Left effusion.") == 25 and found.count(caption) == 75
+    for plain in ("clear lungs", "", "FINDINGS: "):
+        assert train.excerpt(plain, 0.1) == plain

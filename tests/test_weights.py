@@ -8,7 +8,8 @@ import torch
 
 from conftest import GOLDEN
 from data import UserError
-from unix import DTYPES, load_vae, read_safetensors, write_safetensors
+from diffusion import VAE
+from unix import DTYPES, load_vae, read_safetensors, save_vae, write_safetensors
 
 
 def test_every_dtype_of_the_reference_file():
@@ -97,3 +98,14 @@ def test_autoencoder_files(tmp_path):
     for name in "abc":
         with pytest.raises(UserError, match=f"{name}.ckpt"):
             load_vae(tmp_path / f"{name}.ckpt")
+
+
+def test_groups_of_an_autoencoders_norms_survive_saving(tmp_path):
+    sizes = dict(ch=32, mult=[1, 1], blocks=1, attn=[], z=4, embed=4)
+    vae, pixels = VAE(**sizes, groups=8).eval(), torch.linspace(-1, 1, 3 * 64).view(1, 3, 8, 8)
+    save_vae(vae, tmp_path)
+    with torch.no_grad():
+        want = vae.moments(pixels)
+        assert torch.equal(load_vae(tmp_path / "model.safetensors").moments(pixels), want)
+        (tmp_path / "config.json").write_text("{}")
+        assert not torch.allclose(load_vae(tmp_path / "model.safetensors").moments(pixels), want)
