@@ -5,7 +5,8 @@ velocity v = eps - x0; the sampler walks from 1 to 0 and SUBTRACTS v dt.
 
 Letters: b batch, c latent channels, h w latent rows and columns, n = h w tokens, d width,
 H W pixels.
-Latent tokens are row-major, (b, n, c); latent images are (b, c, h, w).
+Latent tokens are row-major, (b, n, c); latent images are (b, c, h, w). In `tiny` a token is a
+square of p x p latents: n = h w / p^2, and c stands for p p c.
 """
 
 import math
@@ -78,6 +79,20 @@ def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 
         v = guide(*v, scale) if guided else v
         x = x - v * (t - after).item()
         yield t, v, x
+
+
+# ---------------------------------------------------------------- latents and tokens
+
+
+def to_tokens(latents: Tensor, patch: int) -> Tensor:
+    """Latents (b, c, h, w) -> tokens (b, n, patch patch c), squares of them row by row (the
+    released code's order; its own `latent_patch_size` is 1)."""
+    return rearrange(latents, "b c (h p) (w q) -> b (h w) (p q c)", p=patch, q=patch)
+
+
+def to_latents(tokens: Tensor, rows: int, patch: int) -> Tensor:
+    """The inverse, for tokens in so many rows."""
+    return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)
 
 
 # ---------------------------------------------------------------- what is added to latent tokens

@@ -54,10 +54,10 @@ STAGES = {
     "tiny": {   # the same in half an hour on two cores; sizes keep the paper's ratios
         0: Stage("vae", 64, 2e-3, 50, 2_000, batch=2, decay=0.4, muon=0.02),
         1: Stage("understanding", 96, 2e-3, 50, 3_000, batch=16, decay=0.4, muon=0.005),
-        2: Stage("generation", 64, 2e-3, 50, 4_000, batch=16, repa=0.5, ema=0.998, decay=1.0,
-                 muon=0.02, films=16_384, shift=8.0),
-        3: Stage("generation", 128, 2e-3, 0, 4_400, batch=4, ema=0.998, decay=1.0, muon=0.005,
-                 films=4_096, shift=8.0),
+        2: Stage("generation", 64, 2e-3, 50, 3_000, batch=16, repa=0.5, ema=0.998, decay=1.0,
+                 muon=0.02, films=8_192, shift=8.0),
+        3: Stage("generation", 128, 2e-3, 0, 6_000, batch=16, ema=0.998, decay=1.0, muon=0.01,
+                 films=8_192, shift=8.0),
     },
 }
 
@@ -319,8 +319,9 @@ class Trainer:
             self.map = ThreadPoolExecutor(self.lanes, initializer=torch.set_num_threads,
                                           initargs=(self.threads // self.lanes,)).map
         self.optimizers = self.choose_optimizers()
-        bf16 = options.precision == "bf16" or options.precision == "auto" and (
-            "cuda" in self.device or torch.cpu._is_avx512_bf16_supported())
+        fast = "cuda" in self.device or (       # on a CPU small matrices are slower in bf16
+            stage.trains == "vae" and torch.cpu._is_avx512_bf16_supported())
+        bf16 = options.precision == "bf16" or options.precision == "auto" and fast
         self.cast = lambda: torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=bf16)
         if stage.trains != "vae":
             model.lm.tower.checkpointing = options.checkpointing
@@ -425,7 +426,7 @@ class Trainer:
         self.by_time.append((draw["time"], loss.detach().cpu()))
         if self.projector:
             found["repa"] = align(self.projector(states), batch["features"].to(device),
-                                  x0.shape[2:])
+                                  model.grid(*x0.shape[2:]))
         return found
 
     def weights(self, batch: dict, draw: dict) -> dict[str, float]:
@@ -436,9 +437,11 @@ class Trainer:
                                                                         draw["reads"]) if reads)
         films = int((~draw["reads"]).sum()) if self.both else len(draw["reads"])
         tokens, films = self.procs.total(torch.tensor([tokens, films], device=self.device)).tolist()
-        latents = 0 if self.stage.trains == "understanding" else draw["eps"][0, 0].numel()
+        latents = 0
         if self.stage.trains == "vae":
             latents = batch["image"][0].numel() // self.vae.factor ** 2
+        elif self.stage.trains == "generation":
+            latents = math.prod(self.model.grid(*draw["eps"].shape[2:]))
         self.tokens = tokens + films * latents
         return {"text": 1 / max(tokens, 1), "flow": 1 / max(films, 1), "mse": 1 / films,
                 "repa": self.stage.repa / max(films, 1), "kl": 1e-5 / films}
@@ -448,7 +451,7 @@ class Trainer:
 
         On a CPU, parts run side by side in lanes, a thread each (ours): a small tensor gains less
         from a second thread than half a batch does from a thread of its own."""
-        torch.set_num_threads(self.threads // self.lanes)       # of this thread, until the end
+        torch.set_num_threads(max(1, self.threads // self.lanes))   # of this thread, until the end
         k, b = self.step, self.stage.batch
         mine = slice(b * self.procs.rank // self.procs.world,
                      b * (self.procs.rank + 1) // self.procs.world)
@@ -757,7 +760,7 @@ def plan(options: Options, stage: Stage):
              for name in ("understanding", "generation", "vae")}
     learns = count[stage.trains] + (count["understanding"] if options.train == "both" else 0)
     image = (config.vit_image // config.vit_patch) ** 2 + 2
-    latents = (stage.pixels // model.vae.factor) ** 2 + 2
+    latents = (stage.pixels // model.vae.factor // config.latent_patch) ** 2 + 2
     print(f"preset {options.preset}, stage {options.stage}: {stage}")
     for name, n in count.items():
         print(f"  {name:14} {n / 1e6:10.2f} M parameters  "

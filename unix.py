@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ar import Connector, LanguageModel, RadDino, Tokenizer, ViT, decode, pick, report_loss
 from data import UserError, atomic
-from diffusion import (VAE, TimeEmbedder, path, position_ids, position_table, sample, to_uint8,
-                       velocity_loss)
+from diffusion import (VAE, TimeEmbedder, path, position_ids, position_table, sample, to_latents,
+                       to_tokens, to_uint8, velocity_loss)
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|begin_of_image|>", "<|end_of_image|>")
 INSTRUCTIONS = (
@@ -46,6 +46,7 @@ class Config:
     latent_side: int = 32       # latent position table is latent_side x latent_side
     interpolate_pos: bool = False   # latents spread over the whole table at any size
     latent_channels: int = 16
+    latent_patch: int = 1       # a token is a square of latents, this many a side
     share_layers: int = 0       # this many first layers have one expert for both branches
     bos: int = 100000
     eos: int = 100001
@@ -62,8 +63,8 @@ PRESETS = {
     "tiny": Config(
         vit_image=96, vit_patch=16, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
         vocab=1024, layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=352,
-        max_tokens=256, latent_side=64, interpolate_pos=True, bos=0, eos=1, boi=2, eoi=3,
-        resolution=128, guidance=4.0,
+        max_tokens=256, latent_side=64, latent_patch=2, interpolate_pos=True,
+        bos=0, eos=1, boi=2, eoi=3, resolution=128, guidance=4.0,
         vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [],
              "scale": 1.0, "shift": 0.0, "groups": 8}),
 }
@@ -79,8 +80,8 @@ class UniX(nn.Module):
         self.connector = Connector(c.vit_width, c.width)
         self.lm = LanguageModel(c.vocab, c.layers, c.width, c.heads, c.kv_heads, c.head_dim, c.mlp,
                                 share=c.share_layers)
-        self.vae2llm = nn.Linear(c.latent_channels, c.width)
-        self.llm2vae = nn.Linear(c.width, c.latent_channels)
+        self.vae2llm = nn.Linear(c.latent_channels * c.latent_patch ** 2, c.width)
+        self.llm2vae = nn.Linear(c.width, c.latent_channels * c.latent_patch ** 2)
         self.time_embedder = TimeEmbedder(c.width)
         self.register_buffer("positions", position_table(c.latent_side, c.width))
         for name, p in self.named_parameters():
@@ -185,8 +186,8 @@ class UniX(nn.Module):
 
     def flow_loss(self, latents: Tensor, context, t: Tensor, eps: Tensor, frozen=True, tap=0):
         """Eq. 2 a sample (b,) for clean latents and noise (b, c, h, w), and the tapped states."""
-        places = self.places(*latents.shape[2:])
-        x0, eps = (a.flatten(2).transpose(1, 2) for a in (latents, eps))        # (b, n, c)
+        places = self.places(*self.grid(*latents.shape[2:]))
+        x0, eps = (to_tokens(a, self.config.latent_patch) for a in (latents, eps))  # (b, n, c)
         v, tapped = self.velocity(path(x0, eps, t), t, context, places, frozen, tap)
         return velocity_loss(v, x0, eps), tapped
 
@@ -200,19 +201,24 @@ class UniX(nn.Module):
         else:
             context = self.read(captions)
             both = context.with_empty()             # so that a guided step is one pass
-        noise = [torch.randn(h * w, self.config.latent_channels,
+        rows, columns = self.grid(h, w)
+        noise = [torch.randn(rows * columns, self.vae2llm.in_features,
                              generator=torch.Generator().manual_seed(s)) for s in seeds]
-        places = self.places(h, w)
+        places = self.places(rows, columns)
 
         def velocity(x, t, guided):
             if guided:
                 return self.velocity(x.repeat(2, 1, 1), t.repeat(2), both, places)[0].chunk(2)
             return self.velocity(x, t, context, places)[0]
         for _, _, x in sample(velocity, torch.stack(noise).to(self.device), **how):
-            yield x.transpose(1, 2).unflatten(2, (h, w))
+            yield to_latents(x, rows, self.config.latent_patch)
+
+    def grid(self, h: int, w: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of h x w latents."""
+        return h // self.config.latent_patch, w // self.config.latent_patch
 
     def places(self, h: int, w: int) -> Tensor:
-        """Rows of the position table for h x w latents (h w,)."""
+        """Rows of the position table for h x w tokens (h w,)."""
         side, spread = self.config.latent_side, self.config.interpolate_pos
         return position_ids(h, w, side, spread).to(self.device)
 
@@ -222,11 +228,11 @@ class UniX(nn.Module):
             raise UserError("the weights folder has no autoencoder: run train.py --stage 0, or "
                             "put one there as vae/vae.ckpt")
         size = self.config.resolution if size is None else size
-        side, rest = divmod(size, self.vae.factor)
-        if rest or not 0 < side <= self.config.latent_side:
-            raise UserError(f"size must be a multiple of {self.vae.factor} up to "
-                            f"{self.vae.factor * self.config.latent_side}, not {size}")
-        return side
+        token = self.vae.factor * self.config.latent_patch              # its pixels a side
+        if size % token or not 0 < size <= token * self.config.latent_side:
+            raise UserError(f"size must be a multiple of {token} up to "
+                            f"{token * self.config.latent_side}, not {size}")
+        return size // self.vae.factor
 
     @torch.no_grad()
     def generate(self, captions: list[str], size: int | None = None, seeds=None,
@@ -302,7 +308,8 @@ def config_json(model: UniX) -> dict:
             "max_position_embeddings": c.max_tokens}
     about = {
         "model_type": "unix", "architectures": ["UniX"], "visual_gen": True, "visual_und": True,
-        "latent_patch_size": 1, "max_latent_size": c.latent_side, "timestep_shift": 1.0,
+        "latent_patch_size": c.latent_patch, "max_latent_size": c.latent_side,
+        "timestep_shift": 1.0,
         "vit_max_num_patch_per_side": c.vit_image // c.vit_patch,
         "interpolate_pos": c.interpolate_pos, "connector_act": "gelu_pytorch_tanh",
         "language_config": text,
@@ -340,6 +347,7 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
     layer, base = "lm.tower.layers.0.und.", Config()
     drawing = about.get("inference_config", {}).get("generation", {})
     rows, vocab = size(layer + "q_proj.weight", 0), size("lm.embed_tokens.weight", 0)
+    patch_latents = about.get("latent_patch_size", 1)
     heads = text.get("num_attention_heads", max(1, rows // 128))      # Janus-Pro: heads of 128
     head_dim = size(layer + "q_norm.weight", 0, rows // heads)
     patch, vit_width = (size("vit.patch_embed.proj.weight", axis) for axis in (2, 0))
@@ -357,7 +365,8 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
         head_dim=head_dim, mlp=size(layer + "gate_proj.weight", 0),
         max_tokens=text.get("max_position_embeddings", base.max_tokens),
         latent_side=math.isqrt(size("positions", 0, base.latent_side ** 2)),
-        latent_channels=size("vae2llm.weight", 1, base.latent_channels),
+        latent_patch=patch_latents,
+        latent_channels=size("vae2llm.weight", 1, base.latent_channels) // patch_latents ** 2,
         interpolate_pos=bool(about.get("interpolate_pos", False)),
         guidance=drawing.get("cfg_text_scale", base.guidance), **markers, **about.get("ours", {}))
 

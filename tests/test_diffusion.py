@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from diffusion import (VAE, guide, path, position_ids, position_table, sample, sample_time,
-                       shift_time, target, time_features, to_uint8, velocity_loss)
+                       shift_time, target, time_features, to_latents, to_tokens, to_uint8, velocity_loss)
 
 
 def test_time_convention():
@@ -17,6 +17,18 @@ def test_time_convention():
     t, h = torch.tensor([0.3, 0.6]), 1e-3
     slope = (path(x0, eps, t + h) - path(x0, eps, t - h)) / (2 * h)
     torch.testing.assert_close(slope, target(x0, eps), atol=1e-3, rtol=1e-3)
+
+
+def test_tokens_are_squares_of_latents_row_by_row():
+    """As BAGEL's patchify: reshape (c, h, p, w, p), then h w p p c; one latent a token is flatten."""
+    latents = torch.randn(2, 3, 4, 6)
+    assert torch.equal(to_tokens(latents, 1), latents.flatten(2).transpose(1, 2))
+    tokens = to_tokens(latents, 2)
+    assert tokens.shape == (2, 6, 12)
+    for n, (row, column) in enumerate((r, c) for r in (0, 2) for c in (0, 2, 4)):
+        square = latents[:, :, row:row + 2, column:column + 2]
+        assert torch.equal(tokens[:, n], square.permute(0, 2, 3, 1).flatten(1))
+    assert torch.equal(to_latents(tokens, 2, 2), latents)
 
 
 @pytest.mark.parametrize("points", [2, 9])

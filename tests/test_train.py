@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
 
 def options(folder, out, stage, **more) -> Options:
     return Options(**{**dict(stage=stage, data=str(folder), out=str(out), steps=2, batch_size=4,
+                             precision="fp32",      # what is compared is not to be rounded to bf16
                              sheet_every=100, save_every=100), **more})
 
 
@@ -350,7 +351,7 @@ def test_two_processes_equal_one(trained, folder, tmp_path):
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}",
                    f"--master_port={29500 + n}", str(ROOT / "train.py")]
         subprocess.run([*command, "--stage", "1", "--data", str(folder), "--out", str(out), "--steps",
-                        "3", "--batch-size", "4"], check=True, capture_output=True)
+                        "3", "--batch-size", "4", "--precision", "fp32"], check=True, capture_output=True)
         outs.append(read_safetensors(out / "model.safetensors"))
     for k, v in outs[0].items():
         w = outs[1][k]
@@ -449,7 +450,7 @@ def test_what_the_log_tells(trained):
         assert row["tokens_per_s"] > row["steps_per_s"] > 0
     assert not losses
     speeds = [r["tokens_per_s"] / r["steps_per_s"] for r in rows]
-    assert [round(speeds[i]) for i in (0, 2, 3)] == [4 * 64, 4 * 64, 4 * 256]
+    assert [round(speeds[i]) for i in (0, 2, 3)] == [4 * 64, 4 * 16, 4 * 64]
 
 
 def test_stage_2_first_brings_a_stopped_stage_0_to_its_end(trained, folder, tmp_path):

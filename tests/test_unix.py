@@ -294,3 +294,24 @@ def test_a_saved_model_finds_the_same_places(tmp_path):
         again = UniX.load(tmp_path / str(spread))
         assert again.places(2, 4).tolist() == model.places(2, 4).tolist()
         assert again.places(2, 4)[:3].tolist() == ([0, 2, 4] if spread else [0, 1, 2])
+
+
+def test_a_token_of_four_latents(tmp_path):
+    """The loss is the mean over the same numbers, a film of its own seed does not depend on the
+    batch, saving keeps the size of a token, and a film that tokens do not divide is refused."""
+    torch.manual_seed(0)
+    model = with_vae(UniX(small_config(latent_patch=2)).eval())
+    assert model.vae2llm.in_features == 4 * model.config.latent_channels
+    x0, eps = torch.randn(2, 2, model.config.latent_channels, 4, 6)[:, :1]
+    loss, _ = model.flow_loss(x0, None, torch.tensor([0.5]), eps)       # the velocity is still 0
+    torch.testing.assert_close(loss[0], (eps - x0).square().mean())
+    torch.nn.init.normal_(model.llm2vae.weight)
+    model.tokenizer = Letters()
+    both = model.generate(["large effusion", "clear"], 32, seeds=[5, 6], points=3)
+    alone = model.generate(["clear"], 32, seeds=[6], points=3)
+    assert both.shape == (2, 3, 32, 32) and (both[1].int() - alone[0].int()).abs().max() <= 1
+    model.tokenizer = None
+    model.save(tmp_path)
+    assert UniX.load(tmp_path).config == model.config
+    with pytest.raises(UserError, match="multiple of 16"):
+        model.side(24)
