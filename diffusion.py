@@ -64,12 +64,15 @@ def guide(cond: Tensor, uncond: Tensor, scale: float, renorm="global", least=0.0
     return v * (norm_c / (norm_v + 1e-8)).clamp(least, 1)
 
 
-def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 1.0)):
+def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 1.0), eta=0.0,
+           noise=None):
     """Euler from noise x (b, n, c) at t = 1 to an image at t = 0. Yields (t, v, x after the step).
 
     velocity(x, t, guided) -> v, or if guided (v with the caption, v without): one pass may do both.
     `points` times on linspace(1, 0) make points - 1 steps.
     Guidance is on while lo < t <= hi, t taken after the shift; elsewhere a step costs half.
+    `eta` in [0, 1] (ours; DDIM's, Song et al. 2021): 0 draws no new noise, 1 as much as DDPM, by
+    noise() like x, so that later steps mend what earlier ones got wrong.
     """
     times = shift_time(torch.linspace(1, 0, points), shift)
     for t, after in zip(times[:-1], times[1:]):
@@ -77,7 +80,11 @@ def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 
         guided = scale > 1 and bool(interval[0] < t <= interval[1])
         v = velocity(x, at, guided)
         v = guide(*v, scale) if guided else v
+        eps = x + v * (1 - t).item()                # where the line through x ends, at t = 1
         x = x - v * (t - after).item()
+        if eta and after > 0:
+            new = eta * (1 - ((1 - t) * after / ((1 - after) * t)).item() ** 2) ** 0.5
+            x = x + after.item() * (new * noise() - (1 - (1 - new ** 2) ** 0.5) * eps)
         yield t, v, x
 
 

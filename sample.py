@@ -53,6 +53,8 @@ def parse(argv=None) -> argparse.Namespace:
         if draws:
             add("--points", type=number(int, 2), default=50, help="times on the path (%(default)s)")
             add("--guidance", type=number(float, 0), help="guidance scale (default: as trained)")
+            add("--eta", type=number(float, 0, 1), help="noise drawn anew in each step, 0 to 1 "
+                "(default: as trained)")
             add("--shift", type=number(float, 0.001), default=3.0, help="time shift (%(default)s)")
             add("--size", type=number(int, 1), help="pixels a side (default: as trained)")
         return add
@@ -278,7 +280,7 @@ def generate(args):
     for some in tqdm([*chunks(texts, 8)], desc="drawing", disable=len(texts) <= 8):
         seeds = range(args.seed + len(films), args.seed + len(films) + len(some))
         drawn = model.generate(some, args.size, seeds, points=args.points, scale=args.guidance,
-                               shift=args.shift)
+                               shift=args.shift, eta=args.eta)
         films.extend(drawn[:, 0].cpu().numpy())
     if len(films) == 1:
         save_film(films[0], out)
@@ -299,7 +301,8 @@ class Results:
 
     def __init__(self, args, model: UniX, data):
         self.model, self.size = model, args.size
-        self.how = {"points": args.points, "scale": args.guidance, "shift": args.shift}
+        self.how = {"points": args.points, "scale": args.guidance, "shift": args.shift,
+                    "eta": args.eta}
         self.out = Path(args.out or Path(args.weights) / "evaluation")
         self.films = self.out / "films"
         about, model_file = self.out / "origin.json", Path(args.weights).resolve() / "config.json"

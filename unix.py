@@ -55,6 +55,7 @@ class Config:
     no_context: bool = False    # films are drawn without text (ours)
     resolution: int = 512       # pixels a side of generated images
     guidance: float = 2.0       # scale of classifier-free guidance
+    eta: float = 0.0            # noise drawn anew in each step of sampling (ours)
     vae: dict = field(default_factory=lambda: {"scale": 0.238092, "shift": -0.201906})
 
 
@@ -196,21 +197,25 @@ class UniX(nn.Module):
         """Denoises an h x w latent image a caption; yields latents (b, c, h, w) after each step.
         Its seed draws an image's noise on the CPU, alike in any batch. `how`: diffusion.sample."""
         context = both = None
+        how.setdefault("eta", self.config.eta)
         if self.config.no_context:
             how["scale"] = 1.0          # without text there is nothing to be guided by
         else:
             context = self.read(captions)
             both = context.with_empty()             # so that a guided step is one pass
         rows, columns = self.grid(h, w)
-        noise = [torch.randn(rows * columns, self.vae2llm.in_features,
-                             generator=torch.Generator().manual_seed(s)) for s in seeds]
+        rngs = [torch.Generator().manual_seed(s) for s in seeds]
         places = self.places(rows, columns)
+
+        def noise():
+            return torch.stack([torch.randn(rows * columns, self.vae2llm.in_features, generator=g)
+                                for g in rngs]).to(self.device)
 
         def velocity(x, t, guided):
             if guided:
                 return self.velocity(x.repeat(2, 1, 1), t.repeat(2), both, places)[0].chunk(2)
             return self.velocity(x, t, context, places)[0]
-        for _, _, x in sample(velocity, torch.stack(noise).to(self.device), **how):
+        for _, _, x in sample(velocity, noise(), noise=noise, **how):
             yield to_latents(x, rows, self.config.latent_patch)
 
     def grid(self, h: int, w: int) -> tuple[int, int]:
@@ -236,11 +241,12 @@ class UniX(nn.Module):
 
     @torch.no_grad()
     def generate(self, captions: list[str], size: int | None = None, seeds=None,
-                 scale: float | None = None, **how) -> Tensor:
+                 scale: float | None = None, eta: float | None = None, **how) -> Tensor:
         """Draws a film a caption -> uint8 (b, 3, size, size), each from the noise of its own seed.
-        Raises UserError. `scale` of guidance: as trained when None. `how`: points, shift."""
+        Raises UserError. `scale` of guidance, `eta`: as trained when None. `how`: points, shift."""
         side, ids = self.side(size), [self.ids(c) for c in captions]
         scale = self.config.guidance if scale is None else scale
+        how["eta"] = self.config.eta if eta is None else eta
         for latents in self.draw(ids, side, side, seeds or range(len(ids)), scale=scale, **how):
             pass
         return to_uint8(self.vae.decode(latents))
@@ -322,7 +328,8 @@ def config_json(model: UniX) -> dict:
         "special_token_ids": {theirs: getattr(c, ours) for ours, theirs in MARKERS.items()},
         "inference_config": {"generation": {"cfg_text_scale": c.guidance, "num_timesteps": 50,
                                             "cfg_interval": [0.4, 1.0], "do_sample": False}},
-        "ours": {k: getattr(c, k) for k in ("share_layers", "no_context", "resolution")}}
+        "ours": {k: getattr(c, k) for k in ("share_layers", "no_context", "resolution",
+                                               "eta")}}
     if model.vae is not None:
         about["vae_path"] = "vae/model.safetensors"
         about["vae_config"] = {"path": about["vae_path"], "downsample": model.vae.factor,

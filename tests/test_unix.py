@@ -307,8 +307,9 @@ def test_a_token_of_four_latents(tmp_path):
     torch.testing.assert_close(loss[0], (eps - x0).square().mean())
     torch.nn.init.normal_(model.llm2vae.weight)
     model.tokenizer = Letters()
-    both = model.generate(["large effusion", "clear"], 32, seeds=[5, 6], points=3)
-    alone = model.generate(["clear"], 32, seeds=[6], points=3)
+    both = model.generate(["large effusion", "clear"], 32, seeds=[5, 6], points=3, eta=0.5)
+    alone = model.generate(["clear"], 32, seeds=[6], points=3, eta=0.5)
+    assert not torch.equal(alone, model.generate(["clear"], 32, seeds=[6], points=3, eta=0.0))
     assert both.shape == (2, 3, 32, 32) and (both[1].int() - alone[0].int()).abs().max() <= 1
     model.tokenizer = None
     model.save(tmp_path)
