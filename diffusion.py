@@ -80,9 +80,9 @@ def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 
         guided = scale > 1 and bool(interval[0] < t <= interval[1])
         v = velocity(x, at, guided)
         v = guide(*v, scale) if guided else v
-        eps = x + v * (1 - t).item()                # where the line through x ends, at t = 1
         x = x - v * (t - after).item()
         if eta and after > 0:
+            eps = x + v * (1 - after).item()        # where the line through x ends, at t = 1
             new = eta * (1 - ((1 - t) * after / ((1 - after) * t)).item() ** 2) ** 0.5
             x = x + after.item() * (new * noise() - (1 - (1 - new ** 2) ** 0.5) * eps)
         yield t, v, x
@@ -134,7 +134,7 @@ def position_table(side: int, width: int) -> Tensor:
 
 
 def position_ids(h: int, w: int, side: int, interpolate=False) -> Tensor:
-    """Table rows of an h x w latent image -> (h w,). A larger image reads more of the table, so
+    """Table rows of h x w tokens -> (h w,). A larger image reads more of the table, so
     going from 256 to 512 px (stage 3) adds no weights: more of it from the corner, or, with
     `interpolate` (released code, off there), more places spread evenly over all of it."""
     row, column = torch.arange(h), torch.arange(w)

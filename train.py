@@ -306,7 +306,8 @@ class Trainer:
         self.file = out / f"stage{options.stage}.pt"
         self.settings = {k: v for k, v in asdict(options).items() if k in (
             "data", "preset", "accumulate", "train", "mix", "share_layers", "no_context", "seed")}
-        self.settings.update(steps=stage.steps, batch=stage.batch, lr=stage.lr, repa=stage.repa)
+        self.settings.update(steps=stage.steps, batch=stage.batch, lr=stage.lr,
+                             repa=alignment(options)[1] or stage.repa)
         self.vae = model if stage.trains == "vae" else model.vae
         self.projector, self.both = None, options.train == "both"
         self.learns = self.choose()
@@ -319,8 +320,8 @@ class Trainer:
             self.map = ThreadPoolExecutor(self.lanes, initializer=torch.set_num_threads,
                                           initargs=(self.threads // self.lanes,)).map
         self.optimizers = self.choose_optimizers()
-        fast = "cuda" in self.device or (       # on a CPU small matrices are slower in bf16
-            stage.trains == "vae" and torch.cpu._is_avx512_bf16_supported())
+        fast = "cuda" in self.device or torch.cpu._is_avx512_bf16_supported() and (
+            stage.trains == "vae" or model.config.width >= 512)     # small matrices are slower
         bf16 = options.precision == "bf16" or options.precision == "auto" and fast
         self.cast = lambda: torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=bf16)
         if stage.trains != "vae":
@@ -666,10 +667,10 @@ def pick_rows(batch: dict, rows: Tensor) -> dict:
 
 def excerpt(caption: str, u: float) -> str:
     """The caption, or a quarter of the time just its last section, the impression, without its
-    name, so that short prompts are understood too (ours). It tells all that is found; sentences
+    name, so that short prompts are understood too (ours). It sums up what is found; sentences
     picked at random would not, and teach that what is not named may be drawn all the same.
     u: a uniform number."""
-    sections = [part.strip() for part in re.split(r"\b[A-Z]+: ", caption) if part.strip()]
+    sections = [*filter(None, map(str.strip, re.split("FINDINGS: |IMPRESSION: ", caption)))]
     return sections[-1] if u < 0.25 and sections else caption
 
 
@@ -679,7 +680,7 @@ def align(states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
     side = math.isqrt(features.shape[1])
     features = features.transpose(1, 2).unflatten(2, (side, side))
     if features.shape[2:] != grid:
-        features = F.interpolate(features, grid, mode="bilinear")
+        features = F.interpolate(features, grid, mode="area" if grid[0] < side else "bilinear")
     features = features.flatten(2).transpose(1, 2)
     return -F.cosine_similarity(states.float(), features, dim=-1).mean(1).sum()
 
@@ -760,13 +761,13 @@ def plan(options: Options, stage: Stage):
              for name in ("understanding", "generation", "vae")}
     learns = count[stage.trains] + (count["understanding"] if options.train == "both" else 0)
     image = (config.vit_image // config.vit_patch) ** 2 + 2
-    latents = (stage.pixels // model.vae.factor // config.latent_patch) ** 2 + 2
+    drawn = (stage.pixels // model.vae.factor // config.latent_patch) ** 2 + 2
     print(f"preset {options.preset}, stage {options.stage}: {stage}")
     for name, n in count.items():
         print(f"  {name:14} {n / 1e6:10.2f} M parameters  "
               f"{'trained' if name == stage.trains or options.train == 'both' else 'frozen'}")
-    print(f"  tokens a sample: {image} image, {latents} latents, and the text")
-    tokens = {"understanding": image + 150, "generation": latents}.get(stage.trains, 0)
+    print(f"  tokens a sample: {image} image, {drawn} to draw, and the text")
+    tokens = {"understanding": image + 150, "generation": drawn}.get(stage.trains, 0)
     kept = config.width if options.checkpointing else 14 * config.width + 3 * config.mlp
     total = sum(count.values())
     films = stage.batch / options.accumulate / world
@@ -810,10 +811,12 @@ def share(model: UniX, layers: int):
 
 
 def alignment(options: Options) -> tuple[float | None, str | None]:
-    """What --repa says: (weight, None), or (None, folder of a teacher)."""
+    """What --repa says: (weight, None), or (None, folder of a teacher). Raises UserError."""
     try:
         return float(options.repa), None
     except (TypeError, ValueError):
+        if options.repa and not Path(options.repa).is_dir():
+            raise UserError(f"--repa {options.repa} is no weight and no folder") from None
         return None, options.repa
 
 
@@ -860,6 +863,7 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
         begun = (out / f"stage{k}.pt").exists()
         if k == 2 and not begun:
             model.copy_tower()
+            model.fit_latents()
         if o.share_layers and k < 3:
             share(model, o.share_layers)
         model.config.no_context = o.no_context

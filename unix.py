@@ -43,8 +43,8 @@ class Config:
     head_dim: int = 128
     mlp: int = 5632
     max_tokens: int = 2048      # text tokens of a caption or report
-    latent_side: int = 32       # latent position table is latent_side x latent_side
-    interpolate_pos: bool = False   # latents spread over the whole table at any size
+    latent_side: int = 32       # position table of tokens is latent_side x latent_side
+    interpolate_pos: bool = False   # tokens spread over the whole table at any size
     latent_channels: int = 16
     latent_patch: int = 1       # a token is a square of latents, this many a side
     share_layers: int = 0       # this many first layers have one expert for both branches
@@ -108,6 +108,19 @@ class UniX(nn.Module):
                 return "generation"
             return "vae" if key.startswith("vae.") else "understanding"
         return {k: p for k, p in self.named_parameters() if where(k) == name}
+
+    def fit_latents(self):
+        """New projections of latents, where the autoencoder is not the one they were made for:
+        a token covers 16 x 16 pixels (or one latent, if that is more)."""
+        c = self.config
+        channels, patch = self.vae.channels, max(1, 16 // self.vae.factor)
+        if (channels, patch) != (c.latent_channels, c.latent_patch):
+            c.latent_channels, c.latent_patch, n = channels, patch, channels * patch ** 2
+            self.vae2llm, self.llm2vae = nn.Linear(n, c.width), nn.Linear(c.width, n)
+            nn.init.normal_(self.vae2llm.weight, std=0.02)
+            for p in (self.vae2llm.bias, self.llm2vae.weight, self.llm2vae.bias):
+                nn.init.zeros_(p)
+            self.to(self.positions.device)
 
     def copy_tower(self):
         """Sec. 3.3: the generation tower starts as a copy of the understanding tower."""
@@ -246,7 +259,7 @@ class UniX(nn.Module):
         Raises UserError. `scale` of guidance, `eta`: as trained when None. `how`: points, shift."""
         side, ids = self.side(size), [self.ids(c) for c in captions]
         scale = self.config.guidance if scale is None else scale
-        how["eta"] = self.config.eta if eta is None else eta
+        how |= {} if eta is None else {"eta": eta}
         for latents in self.draw(ids, side, side, seeds or range(len(ids)), scale=scale, **how):
             pass
         return to_uint8(self.vae.decode(latents))
@@ -334,7 +347,8 @@ def config_json(model: UniX) -> dict:
         about["vae_path"] = "vae/model.safetensors"
         about["vae_config"] = {"path": about["vae_path"], "downsample": model.vae.factor,
                                "z_channels": c.latent_channels, "embed_dim": c.latent_channels,
-                               "scale_factor": model.vae.scale, "shift_factor": model.vae.shift}
+                               "scale_factor": model.vae.scale, "shift_factor": model.vae.shift,
+                               "norm_groups": model.vae.groups}
     return about
 
 
@@ -414,7 +428,8 @@ def fit(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, folder
 def read_vae(folder: Path, about: dict) -> VAE | None:
     """The autoencoder of a weights folder, or None. Raises UserError."""
     block = about.get("vae_config", {})
-    how = {k: block[f"{k}_factor"] for k in ("scale", "shift") if f"{k}_factor" in block}
+    names = {"scale_factor": "scale", "shift_factor": "shift", "norm_groups": "groups"}
+    how = {ours: block[theirs] for theirs, ours in names.items() if theirs in block}
     for name in (block.get("path", ""), about.get("vae_path", ""), "vae/model.safetensors",
                  "vae/vae.ckpt", "vae.ckpt"):
         if (folder / name).is_file():
@@ -431,9 +446,9 @@ def save_vae(vae: VAE, folder: Path):
     write_safetensors(vae.state_dict(), folder / "model.safetensors")
 
 
-def load_vae(file: str | Path, scale=0.238092, shift=-0.201906) -> VAE:
+def load_vae(file: str | Path, scale=0.238092, shift=-0.201906, groups=32) -> VAE:
     """A CompVis autoencoder from .ckpt or .safetensors, whatever its sizes. A config.json beside it
-    wins over scale and shift, and tells groups of norms other than 32. Raises UserError."""
+    wins over scale, shift and groups of norms. Raises UserError."""
     file = Path(file)
     beside, parts = file.parent / "config.json", ("encoder.", "decoder.", "quant_", "post_quant_")
     weights = {k: v for k, v in read_tensors(file).items() if k.startswith(parts)}  # not loss.*
@@ -444,7 +459,7 @@ def load_vae(file: str | Path, scale=0.238092, shift=-0.201906) -> VAE:
         raise UserError(f"{file}: not a CompVis autoencoder ({e}); see --vae") from None
     with torch.device("meta"):
         vae = VAE(**sizes, scale=about.get("scale_factor", scale),
-                  shift=about.get("shift_factor", shift), groups=about.get("norm_groups", 32))
+                  shift=about.get("shift_factor", shift), groups=about.get("norm_groups", groups))
     fit(vae, weights, torch.float32, file)
     return vae.eval()
 

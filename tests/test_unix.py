@@ -9,7 +9,7 @@ import torch
 from ar import ViT, decode, pick, report_loss
 from conftest import small_config
 from data import UserError
-from diffusion import VAE, position_ids, sample
+from diffusion import VAE, position_ids, sample, shift_time, to_tokens
 from unix import PRESETS, UniX, read_safetensors, released, write_safetensors
 
 
@@ -297,8 +297,8 @@ def test_a_saved_model_finds_the_same_places(tmp_path):
 
 
 def test_a_token_of_four_latents(tmp_path):
-    """The loss is the mean over the same numbers, a film of its own seed does not depend on the
-    batch, saving keeps the size of a token, and a film that tokens do not divide is refused."""
+    """The loss is the mean over the same numbers, a step of the sampler is Euler's on tokens and
+    their places, a film of its own seed does not depend on the batch, saving keeps the size of a token, and a film that tokens do not divide is refused."""
     torch.manual_seed(0)
     model = with_vae(UniX(small_config(latent_patch=2)).eval())
     assert model.vae2llm.in_features == 4 * model.config.latent_channels
@@ -306,6 +306,11 @@ def test_a_token_of_four_latents(tmp_path):
     loss, _ = model.flow_loss(x0, None, torch.tensor([0.5]), eps)       # the velocity is still 0
     torch.testing.assert_close(loss[0], (eps - x0).square().mean())
     torch.nn.init.normal_(model.llm2vae.weight)
+    first = next(model.draw([[1]], 4, 4, [5], points=3, scale=1.0))
+    noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(5))[None]
+    t, after = (shift_time(torch.tensor([x]), 3.0) for x in (1.0, 0.5))
+    v, _ = model.velocity(noise, t, model.read([[1]]), torch.tensor([0, 1, 8, 9]))
+    torch.testing.assert_close(to_tokens(first, 2), noise - v * (t - after))
     model.tokenizer = Letters()
     both = model.generate(["large effusion", "clear"], 32, seeds=[5, 6], points=3, eta=0.5)
     alone = model.generate(["clear"], 32, seeds=[6], points=3, eta=0.5)
@@ -316,3 +321,19 @@ def test_a_token_of_four_latents(tmp_path):
     assert UniX.load(tmp_path).config == model.config
     with pytest.raises(UserError, match="multiple of 16"):
         model.side(24)
+
+
+def test_latents_of_another_autoencoder():
+    """Tokens cover 16 x 16 pixels of the autoencoder that is given; the first velocity is 0."""
+    model = UniX(small_config())
+    for factor, channels in ((16, 16), (8, 16), (4, 5)):
+        mult = [1] * factor.bit_length()
+        model.vae = VAE(ch=32, mult=mult, blocks=1, attn=[], z=channels, embed=channels)
+        before = model.vae2llm
+        model.fit_latents()
+        assert (model.vae2llm is before) == (factor == 16)      # made for these already
+        assert model.config.latent_patch * factor == 16 and model.side(32) == 32 // factor
+        assert model.vae2llm.in_features == channels * (16 // factor) ** 2
+        latents = torch.randn(1, channels, 2 * 16 // factor, 2 * 16 // factor)
+        loss, _ = model.flow_loss(latents, None, torch.tensor([0.5]), torch.zeros_like(latents))
+        torch.testing.assert_close(loss[0], latents.square().mean())
