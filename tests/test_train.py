@@ -16,7 +16,7 @@ from torch import nn
 
 import train
 from ar import Tokenizer
-from conftest import ROOT
+from conftest import GOLDEN, ROOT
 from data import UserError, phantom
 from diffusion import VAE, sample_time
 from phantoms import write_phantoms
@@ -486,3 +486,18 @@ def test_excerpts_are_the_caption_or_its_impression():
     assert found.count("Left effusion.") == 25 and found.count(caption) == 75
     for plain in ("clear lungs", "", "FINDINGS: "):
         assert train.excerpt(plain, 0.1) == plain
+
+
+def test_stage_2_aligns_with_the_folder_that_repa_names(trained, folder, tmp_path):
+    """The features are the teacher's; going on with another teacher, or none, is refused."""
+    shutil.copytree(trained[0], tmp_path / "run")
+    (tmp_path / "run" / "stage2.pt").unlink()
+    teacher = GOLDEN / "dinov2"
+    train.run(options(folder, tmp_path / "run", 2, repa=str(teacher)))
+    features = np.load(tmp_path / "run" / "latents-64.features.npy")
+    width = json.loads((teacher / "config.json").read_text())["hidden_size"]
+    assert features.shape[2] == width and features.shape[1] == (518 // 14) ** 2
+    with pytest.raises(UserError, match="repa was"):
+        train.run(options(folder, tmp_path / "run", 2))
+    with pytest.raises(UserError, match="no weight and no folder"):
+        train.run(options(folder, tmp_path / "run", 2, repa="0,5"))
