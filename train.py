@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -53,10 +54,10 @@ STAGES = {
     },
     "tiny": {   # the same in half an hour on two cores; sizes keep the paper's ratios
         0: Stage("vae", 64, 2e-3, 50, 2_000, batch=2, decay=0.4, muon=0.02),
-        1: Stage("understanding", 96, 2e-3, 50, 3_000, batch=16, decay=0.4, muon=0.005),
+        1: Stage("understanding", 96, 2e-3, 50, 3_400, batch=16, decay=0.4, muon=0.005),
         2: Stage("generation", 64, 2e-3, 50, 3_000, batch=16, repa=0.5, ema=0.998, decay=1.0,
                  muon=0.02, films=8_192, shift=8.0),
-        3: Stage("generation", 128, 2e-3, 0, 6_000, batch=16, ema=0.998, decay=1.0, muon=0.01,
+        3: Stage("generation", 128, 2e-3, 0, 7_500, batch=16, ema=0.998, decay=1.0, muon=0.03,
                  films=8_192, shift=8.0),
     },
 }
@@ -138,6 +139,7 @@ from ar import Tokenizer                                  # noqa: E402
 from data import (UserError, atomic, batches, open_data, sheet, vae_pixels,  # noqa: E402
                   vit_pixels)
 from diffusion import VAE, sample_time, to_uint8          # noqa: E402
+from joint_attn import Context                            # noqa: E402
 from unix import (INSTRUCTIONS, PRESETS, SPECIAL, UniX, load_rad_dino, load_vae,  # noqa: E402
                   save_vae)  # noqa: E402
 
@@ -174,6 +176,16 @@ class Processes:
         yield
         if self.world > 1 and not self.rank:
             torch.distributed.barrier()
+
+
+def side_by_side(device: str) -> tuple[int, Callable]:
+    """How many things are worked on at once, a thread each, and the `map` that does so (ours): on a
+    CPU a small tensor gains less from a second thread than two do from a thread of their own."""
+    threads = torch.get_num_threads()
+    if device != "cpu" or threads == 1:
+        return 1, map
+    n = min(threads, 4)
+    return n, ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(threads // n,)).map
 
 
 class Muon(torch.optim.Optimizer):
@@ -262,23 +274,31 @@ class Latents:
     def file(self, kind: str) -> Path:
         return self.folder / f"{self.stem}.{kind}.npy"
 
-    @torch.no_grad()
     def build(self, count: int, model: UniX, teacher) -> list:
         """Fills the memory maps; returns the texts [report, caption] of the films."""
-        texts, maps, loader = [], {}, range(0, count, 64)
         self.file("features").unlink(missing_ok=True)       # those of another teacher
-        for start in tqdm(loader, desc=f"latents at {self.source.size} px", unit="batch"):
-            films = [self.source[i] for i in range(start, min(count, start + 64))]
+        texts, maps, (lanes, run) = [], {}, side_by_side(str(model.device))
+
+        @torch.no_grad()
+        def see(rows: range) -> tuple[list, dict]:
+            films = self.source.__getitems__(rows)
             images = torch.from_numpy(np.stack([f["image"] for f in films])).to(model.device)
             out = {"moments": model.vae.moments(vae_pixels(images))}
-            if teacher:
-                out["features"] = teacher.patches(images)
-            for k, v in out.items():
-                if k not in maps:
-                    maps[k] = np.lib.format.open_memmap(self.file(k), "w+", np.float16,
-                                                        (count, *v.shape[1:]))
-                maps[k][start:start + len(films)] = v.cpu().numpy()
-            texts += [[f["report"], f["caption"]] for f in films]
+            return films, out | ({"features": teacher.patches(images)} if teacher else {})
+
+        parts = [range(i, min(i + 32, count)) for i in range(0, count, 32)]
+        bar = tqdm(total=count, desc=f"latents at {self.source.size} px", unit="film")
+        for some in (parts[i:i + lanes] for i in range(0, len(parts), lanes)):
+            for films, out in run(see, some):
+                self.source.account(films)
+                for k, v in out.items():
+                    if k not in maps:
+                        maps[k] = np.lib.format.open_memmap(self.file(k), "w+", np.float16,
+                                                            (count, *v.shape[1:]))
+                    maps[k][len(texts):len(texts) + len(films)] = v.cpu().numpy()
+                texts += [[f["report"], f["caption"]] for f in films]
+                bar.update(len(films))
+        bar.close()
         for written in maps.values():
             written.flush()
         return texts
@@ -296,6 +316,44 @@ class Latents:
         return sample if self.images is None else sample | {"image": self.images[i]["image"]}
 
 
+class Contexts:
+    """What the frozen understanding branch reads of captions, each whole and as its `excerpt`: kept
+    in memory as fp16, so that no step reads one again (ours)."""
+
+    def __init__(self, model: UniX, captions: list[str]):
+        c = model.config
+        ids = [model.ids(text) for caption in captions for text in (caption, excerpt(caption))]
+        length = [len(i) + 2 for i in ids]              # with BOS and EOS
+        self.begin = [0, *itertools.accumulate(length)]
+        self.kv = torch.empty(self.begin[-1], c.layers, 2, c.kv_heads, c.head_dim,
+                              dtype=torch.float16)      # a token is a row
+
+        @torch.no_grad()
+        def read(rows: list[int]):
+            context = model.read([ids[i] for i in rows])
+            kv = torch.stack([torch.stack(pair) for pair in context.kv])  # (layers, 2, b, g, l, k)
+            for own, i in zip(kv.permute(2, 4, 0, 1, 3, 5).cpu(), rows):
+                self.kv[self.begin[i]:self.begin[i + 1]] = own[:length[i]]
+        order = torch.tensor(length).argsort(stable=True)       # a batch has little padding
+        for _ in side_by_side(str(model.device))[1](read, [x.tolist() for x in order.split(64)]):
+            pass
+
+    @staticmethod
+    def fits(model: UniX, captions: list[str]) -> bool:
+        """Would it all take less than a gigabyte? A letter is taken for a third of a token."""
+        c = model.config
+        letters = sum(map(len, captions))
+        return letters / 3 * c.layers * c.kv_heads * c.head_dim * 4 < 2**30
+
+    def of(self, films: Tensor, cut: Tensor, device) -> Context:
+        """The Context of some films' captions, or of their excerpts where `cut` is True; (b,)."""
+        rows = (2 * films + cut).tolist()
+        own = [self.kv[self.begin[i]:self.begin[i + 1]] for i in rows]
+        length = torch.tensor([len(part) for part in own], device=device)
+        kv = nn.utils.rnn.pad_sequence(own, True).to(device).float().permute(2, 3, 0, 4, 1, 5)
+        return Context([*map(tuple, kv)], length, length, bool((length < kv.shape[4]).any()))
+
+
 class Trainer:
     """One stage of one run."""
 
@@ -310,15 +368,16 @@ class Trainer:
                              repa=alignment(options)[1] or stage.repa)
         self.vae = model if stage.trains == "vae" else model.vae
         self.projector, self.both = None, options.train == "both"
+        self.contexts = None
+        if stage.trains == "generation" and not self.both and not options.no_context:
+            captions = [caption for _, caption in data.texts]
+            self.contexts = Contexts(model, captions) if Contexts.fits(model, captions) else None
         self.learns = self.choose()
         self.average = None
         if stage.ema:
             self.average = {k: p.detach().clone() for k, p in self.learns.items()}
-        self.threads, self.lanes, self.map = torch.get_num_threads(), 1, map
-        if self.device == "cpu" and not options.compile and self.threads > 1:
-            self.lanes = min(self.threads, 4)
-            self.map = ThreadPoolExecutor(self.lanes, initializer=torch.set_num_threads,
-                                          initargs=(self.threads // self.lanes,)).map
+        self.threads = torch.get_num_threads()
+        self.lanes, self.map = (1, map) if options.compile else side_by_side(self.device)
         self.optimizers = self.choose_optimizers()
         fast = "cuda" in self.device or torch.cpu._is_avx512_bf16_supported() and (
             stage.trains == "vae" or model.config.width >= 512)     # small matrices are slower
@@ -373,7 +432,7 @@ class Trainer:
             side = self.stage.pixels // self.vae.factor * (2 if self.stage.trains == "vae" else 1)
             shape = (b, self.vae.channels, side, side)
             draw |= {name: torch.randn(shape, generator=rng) for name in ("eps", "z")}
-            draw["excerpt"] = torch.rand(b, generator=rng)
+            draw["cut"] = torch.rand(b, generator=rng) < 0.25
         share = [int(n) for n in o.mix.split(":")]
         reads = round(b * share[0] / sum(share)) if self.both else b
         draw["reads"] = torch.arange(b) < reads
@@ -418,9 +477,12 @@ class Trainer:
         frozen, tap = not self.both, round(model.config.layers * 8 / 24) if self.projector else 0
         context, dropped = None, draw["keep"].to(device) < 0.1      # for guidance
         with torch.set_grad_enabled(not frozen):    # frozen understanding: no gradient, no graph
-            if not self.options.no_context:
-                captions = map(excerpt, batch["caption"], draw["excerpt"].tolist())
-                context = model.read([model.ids(c) for c in captions]).drop(dropped)
+            if self.contexts:
+                context = self.contexts.of(batch["index"], draw["cut"], device)
+            elif not self.options.no_context:
+                context = model.read([model.ids(excerpt(c) if cut else c)
+                                      for c, cut in zip(batch["caption"], draw["cut"])])
+            context = context.drop(dropped) if context else None
         loss, states = model.flow_loss(x0, context, draw["time"].to(device),
                                        draw["eps"].to(device), frozen, tap)
         found = {"flow": loss.sum()}
@@ -458,7 +520,7 @@ class Trainer:
                      b * (self.procs.rank + 1) // self.procs.world)
         draw = {name: v[mine] for name, v in self.draws(k).items()}
         self.by_time, weights, logged = [], self.weights(batch, draw), {}
-        rows = torch.arange(len(draw["keep"])).chunk(self.options.accumulate * self.lanes)
+        rows = even_parts(batch["report"], self.options.accumulate * self.lanes)
         for terms, grads in self.map(partial(self.part, batch, draw, weights), rows):
             for name, v in terms.items():
                 logged[name] = logged.get(name, 0) + v * weights[name]
@@ -601,12 +663,14 @@ class Trainer:
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, lambda *_: self.stop.fill_(1))
         o, s = self.options, self.stage
-        stream = self.stream()
+        stream, ahead = self.stream(), ThreadPoolExecutor(1)
+        coming = ahead.submit(next, stream)     # the next films are loaded during a step
         bar = tqdm(total=s.steps, initial=self.step, desc=f"stage {o.stage}", unit="step",
                    disable=self.procs.rank > 0)
         log = Log(self.out / "log.jsonl", o.stage, self.step) if not self.procs.rank else None
         while self.step < s.steps and not self.procs.total(self.stop):
-            logged = self.one_step(next(stream))
+            batch, coming = coming.result(), ahead.submit(next, stream)
+            logged = self.one_step(batch)
             bar.update()
             speed = {"tokens/s": logged["tokens"] * (bar.format_dict["rate"] or 0)}
             bar.set_postfix_str(" ".join(f"{k} {v:.{3 if v < 100 else 0}f}" for k, v in (
@@ -665,13 +729,22 @@ def pick_rows(batch: dict, rows: Tensor) -> dict:
             for k, v in batch.items()}
 
 
-def excerpt(caption: str, u: float) -> str:
-    """The caption, or a quarter of the time just its last section, the impression, without its
-    name, so that short prompts are understood too (ours). It sums up what is found; sentences
-    picked at random would not, and teach that what is not named may be drawn all the same.
-    u: a uniform number."""
+def even_parts(texts: list[str], n: int) -> list[Tensor]:
+    """Places of a batch's films in at most n parts of like work. They are sorted by the length of
+    their texts, since a part is padded to its longest; a film itself counts as 500 letters."""
+    work = torch.tensor([500.0 + len(text) for text in texts])
+    order = work.argsort(descending=True, stable=True)
+    middle = work[order].cumsum(0) - work[order] / 2
+    part = (middle * n / work.sum()).long()
+    return [order[part == i] for i in part.unique()]
+
+
+def excerpt(caption: str) -> str:
+    """The last section of a caption, its impression, without a name: a quarter of the captions are
+    cut to it, so that short prompts are understood too (ours). It sums up what is found; sentences
+    picked at random would not, and teach that what is not named may be drawn all the same."""
     sections = [*filter(None, map(str.strip, re.split("FINDINGS: |IMPRESSION: ", caption)))]
-    return sections[-1] if u < 0.25 and sections else caption
+    return sections[-1] if sections else caption
 
 
 def align(states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:

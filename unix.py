@@ -65,7 +65,7 @@ PRESETS = {
         vit_image=96, vit_patch=16, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
         vocab=1024, layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=352,
         max_tokens=256, latent_side=64, latent_patch=2, interpolate_pos=True,
-        bos=0, eos=1, boi=2, eoi=3, resolution=128, guidance=4.0, eta=1.0,
+        bos=0, eos=1, boi=2, eoi=3, resolution=128, guidance=3.0, eta=1.0,
         vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [],
              "scale": 1.0, "shift": 0.0, "groups": 8}),
 }
