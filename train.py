@@ -140,8 +140,8 @@ from data import (UserError, atomic, batches, open_data, sheet, vae_pixels,  # n
                   vit_pixels)
 from diffusion import VAE, sample_time, to_uint8          # noqa: E402
 from joint_attn import Context                            # noqa: E402
-from unix import (INSTRUCTIONS, PRESETS, SPECIAL, UniX, load_rad_dino, load_vae,  # noqa: E402
-                  save_vae)  # noqa: E402
+from unix import (INSTRUCTIONS, PRESETS, SPECIAL, Config, UniX, load_rad_dino,  # noqa: E402
+                  load_vae, save_vae)
 
 
 class Processes:
@@ -339,11 +339,10 @@ class Contexts:
             pass
 
     @staticmethod
-    def fits(model: UniX, captions: list[str]) -> bool:
-        """Would it all take less than a gigabyte? A letter is taken for a third of a token."""
-        c = model.config
-        letters = sum(map(len, captions))
-        return letters / 3 * c.layers * c.kv_heads * c.head_dim * 4 < 2**30
+    def size(c: Config, tokens: float) -> float:
+        """Bytes of so many tokens; 0 where that is a gigabyte or more, and none are kept."""
+        n = tokens * c.layers * c.kv_heads * c.head_dim * 4
+        return n if n < 2**30 else 0
 
     def of(self, films: Tensor, cut: Tensor, device) -> Context:
         """The Context of some films' captions, or of their excerpts where `cut` is True; (b,)."""
@@ -371,7 +370,9 @@ class Trainer:
         self.contexts = None
         if stage.trains == "generation" and not self.both and not options.no_context:
             captions = [caption for _, caption in data.texts]
-            self.contexts = Contexts(model, captions) if Contexts.fits(model, captions) else None
+            tokens = sum(map(len, captions)) / 3        # four letters each, and those of excerpts
+            if Contexts.size(model.config, tokens):
+                self.contexts = Contexts(model, captions)
         self.learns = self.choose()
         self.average = None
         if stage.ema:
@@ -846,6 +847,7 @@ def plan(options: Options, stage: Stage):
     films = stage.batch / options.accumulate / world
     memory = {"weights": 4 * total, "gradients": 4 * learns, "optimizer": 8 * learns,
               "average": 4 * learns if stage.ema else 0,
+              "contexts": Contexts.size(config, 55 * stage.films * (options.train == "own")),
               "activations": 4 * kept * config.layers * tokens * films}
     print(f"  memory of each of {world} device(s): "
           + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in memory.items())

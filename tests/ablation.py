@@ -195,7 +195,7 @@ def main():
     for name, default, text in (
             ("seeds", 3, "of everything but the autoencoder"), ("steps", 400, "of a row"),
             ("reading-steps", 800, "of stage 1"), ("vae-steps", 700, "of stage 0"),
-            ("films", 2048, "that the rows learn from"), ("samples", 120, "films that are judged"),
+            ("films", 2048, "that the rows learn from"), ("samples", 256, "films that are judged"),
             ("points", 12, "of the sampler"), ("jobs", 2, "at a time, one thread each")):
         parser.add_argument("--" + name, type=int, default=default,
                             help=f"{text} (default: %(default)s)")

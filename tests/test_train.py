@@ -504,6 +504,7 @@ def test_contexts_in_memory_are_those_that_are_read(trained, folder, tmp_path):
         for a, b in zip(pair, true):
             torch.testing.assert_close(a.transpose(1, 2)[real], b.transpose(1, 2)[real], atol=2e-3,
                                        rtol=2e-3)
+    trainer.by_time = []
     kept, trainer.contexts = trainer.terms(batch, draw), None
     torch.testing.assert_close(kept["flow"], trainer.terms(batch, draw)["flow"], rtol=1e-3, atol=0)
 
