@@ -55,9 +55,9 @@ STAGES = {
     "tiny": {   # the same in half an hour on two cores; sizes keep the paper's ratios
         0: Stage("vae", 64, 2e-3, 50, 2_000, batch=2, decay=0.4, muon=0.02),
         1: Stage("understanding", 96, 2e-3, 50, 3_400, batch=16, decay=0.4, muon=0.005),
-        2: Stage("generation", 64, 2e-3, 50, 3_000, batch=16, repa=0.5, ema=0.998, decay=1.0,
+        2: Stage("generation", 64, 2e-3, 50, 5_000, batch=16, repa=0.5, ema=0.998, decay=1.0,
                  muon=0.02, films=8_192, shift=8.0),
-        3: Stage("generation", 128, 2e-3, 0, 7_500, batch=16, ema=0.998, decay=1.0, muon=0.03,
+        3: Stage("generation", 128, 2e-3, 0, 7_000, batch=16, ema=0.998, decay=1.0, muon=0.02,
                  films=8_192, shift=8.0),
     },
 }
@@ -286,7 +286,7 @@ class Latents:
             out = {"moments": model.vae.moments(vae_pixels(images))}
             return films, out | ({"features": teacher.patches(images)} if teacher else {})
 
-        parts = [range(i, min(i + 32, count)) for i in range(0, count, 32)]
+        parts = [range(i, min(i + 8, count)) for i in range(0, count, 8)]   # 8: caches hold them
         bar = tqdm(total=count, desc=f"latents at {self.source.size} px", unit="film")
         for some in (parts[i:i + lanes] for i in range(0, len(parts), lanes)):
             for films, out in run(see, some):

@@ -262,7 +262,7 @@ class UniX(nn.Module):
         how |= {} if eta is None else {"eta": eta}
         for latents in self.draw(ids, side, side, seeds or range(len(ids)), scale=scale, **how):
             pass
-        return to_uint8(self.vae.decode(latents))
+        return to_uint8(torch.cat([self.vae.decode(some) for some in latents.split(8)]))
 
     # ---- weights folders
     def save(self, folder: str | Path):
