@@ -54,6 +54,7 @@ def atomic(path):
 
 
 # ---------------------------------------------------------------- films
+warnings.filterwarnings("ignore", module="PIL")  # on odd metadata, and what read_image refuses
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # no EPS: that would start Ghostscript
 
 
@@ -66,13 +67,12 @@ def read_image(path, at_least=0):
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give the path of an image")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL on odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)  # by the header
-            with Image.open(path, formats=FORMATS) as film:
-                if at_least:
-                    film.draft("L", (at_least, at_least))
-                return grey(ImageOps.exif_transpose(film))
+        with Image.open(path, formats=FORMATS) as film:
+            if film.width * film.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{film.width} x {film.height} pixels")
+            if at_least:
+                film.draft("L", (at_least, at_least))
+            return grey(ImageOps.exif_transpose(film))
     except Exception as error:  # PIL raises a dozen kinds for broken files
         problem = " ".join(str(error).split()) if os.path.getsize(path) else "it is empty"
         raise UserError(f"{path} is no readable image ({problem}); give a whole PNG, JPEG or TIFF "

@@ -20,7 +20,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -179,8 +179,8 @@ class Processes:
 
 
 def side_by_side(device: str) -> tuple[int, Callable]:
-    """How many things are worked on at once, a thread each, and the `map` that does so (ours): on a
-    CPU a small tensor gains less from a second thread than two do from a thread of their own."""
+    """How many things a CPU works on at once, in threads, and the `map` that does so (ours): a
+    small tensor gains less from a second thread than two do from a thread of their own."""
     threads = torch.get_num_threads()
     if device != "cpu" or threads == 1:
         return 1, map
@@ -282,11 +282,13 @@ class Latents:
         @torch.no_grad()
         def see(rows: range) -> tuple[list, dict]:
             films = self.source.__getitems__(rows)
+            if any(f["image"] is None for f in films):
+                return films, {}                        # so many are broken that account() raises
             images = torch.from_numpy(np.stack([f["image"] for f in films])).to(model.device)
             out = {"moments": model.vae.moments(vae_pixels(images))}
             return films, out | ({"features": teacher.patches(images)} if teacher else {})
 
-        parts = [range(i, min(i + 8, count)) for i in range(0, count, 8)]   # 8: caches hold them
+        parts = [range(i, min(i + 8, count)) for i in range(0, count, 8)]   # a CPU's caches hold 8
         bar = tqdm(total=count, desc=f"latents at {self.source.size} px", unit="film")
         for some in (parts[i:i + lanes] for i in range(0, len(parts), lanes)):
             for films, out in run(see, some):
@@ -335,17 +337,17 @@ class Contexts:
             for own, i in zip(kv.permute(2, 4, 0, 1, 3, 5).cpu(), rows):
                 self.kv[self.begin[i]:self.begin[i + 1]] = own[:length[i]]
         order = torch.tensor(length).argsort(stable=True)       # a batch has little padding
-        for _ in side_by_side(str(model.device))[1](read, [x.tolist() for x in order.split(64)]):
+        for _ in side_by_side(str(model.device))[1](read, [x.tolist() for x in order.split(16)]):
             pass
 
     @staticmethod
     def size(c: Config, tokens: float) -> float:
-        """Bytes of so many tokens; 0 where that is a gigabyte or more, and none are kept."""
+        """Bytes of so many tokens; 0: it would be a gigabyte or more, so none are kept."""
         n = tokens * c.layers * c.kv_heads * c.head_dim * 4
         return n if n < 2**30 else 0
 
     def of(self, films: Tensor, cut: Tensor, device) -> Context:
-        """The Context of some films' captions, or of their excerpts where `cut` is True; (b,)."""
+        """The Context of the captions of `films` (b,), or of excerpts where `cut` (b,) is True."""
         rows = (2 * films + cut).tolist()
         own = [self.kv[self.begin[i]:self.begin[i + 1]] for i in rows]
         length = torch.tensor([len(part) for part in own], device=device)
@@ -366,13 +368,12 @@ class Trainer:
         self.settings.update(steps=stage.steps, batch=stage.batch, lr=stage.lr,
                              repa=alignment(options)[1] or stage.repa)
         self.vae = model if stage.trains == "vae" else model.vae
-        self.projector, self.both = None, options.train == "both"
-        self.contexts = None
-        if stage.trains == "generation" and not self.both and not options.no_context:
-            captions = [caption for _, caption in data.texts]
-            tokens = sum(map(len, captions)) / 3        # four letters each, and those of excerpts
-            if Contexts.size(model.config, tokens):
-                self.contexts = Contexts(model, captions)
+        if stage.trains == "understanding":
+            self.film_tokens = (model.config.vit_image // model.config.vit_patch) ** 2
+        else:
+            side = stage.pixels // self.vae.factor
+            self.film_tokens = side ** 2 if model is self.vae else math.prod(model.grid(side, side))
+        self.projector, self.both, self.contexts = None, options.train == "both", None
         self.learns = self.choose()
         self.average = None
         if stage.ema:
@@ -420,6 +421,14 @@ class Trainer:
         return found + [Muon(matrices.values(), self.stage.muon, run=self.map)] * bool(matrices)
 
     # ------------------------------------------------------------ one step
+
+    def read_captions(self):
+        """Reads all captions once, where understanding is frozen and there is room for it."""
+        if self.stage.trains == "generation" and not self.both and not self.options.no_context:
+            captions = [caption for _, caption in self.data.texts]
+            tokens = sum(map(len, captions)) / 3        # four letters each, and those of excerpts
+            if Contexts.size(self.model.config, tokens):
+                self.contexts = Contexts(self.model, captions)
 
     def draws(self, k: int) -> dict[str, Tensor]:
         """All randomness of step k, for the whole batch and on the CPU, so that neither a restart,
@@ -501,27 +510,27 @@ class Trainer:
                                                                         draw["reads"]) if reads)
         films = int((~draw["reads"]).sum()) if self.both else len(draw["reads"])
         tokens, films = self.procs.total(torch.tensor([tokens, films], device=self.device)).tolist()
-        latents = 0
+        self.tokens = tokens
         if self.stage.trains == "vae":
-            latents = batch["image"][0].numel() // self.vae.factor ** 2
+            self.tokens += films * batch["image"][0].numel() // self.vae.factor ** 2
         elif self.stage.trains == "generation":
-            latents = math.prod(self.model.grid(*draw["eps"].shape[2:]))
-        self.tokens = tokens + films * latents
+            self.tokens += films * self.film_tokens
         return {"text": 1 / max(tokens, 1), "flow": 1 / max(films, 1), "mse": 1 / films,
                 "repa": self.stage.repa / max(films, 1), "kl": 1e-5 / films}
 
     def one_step(self, batch: dict) -> dict[str, float]:
-        """Forward and backward in parts, clip, update. Returns what the log shows.
-
-        On a CPU, parts run side by side in lanes, a thread each (ours): a small tensor gains less
-        from a second thread than half a batch does from a thread of its own."""
+        """Forward and backward in parts, on a CPU side by side in lanes, then clip, update.
+        Returns what the log shows."""
         torch.set_num_threads(max(1, self.threads // self.lanes))   # of this thread, until the end
         k, b = self.step, self.stage.batch
         mine = slice(b * self.procs.rank // self.procs.world,
                      b * (self.procs.rank + 1) // self.procs.world)
         draw = {name: v[mine] for name, v in self.draws(k).items()}
         self.by_time, weights, logged = [], self.weights(batch, draw), {}
-        rows = even_parts(batch["report"], self.options.accumulate * self.lanes)
+        texts = [""] * len(draw["keep"])                # a film is work, and so is its text
+        if self.stage.trains != "vae":
+            texts = batch["report" if self.stage.trains == "understanding" else "caption"]
+        rows = even_parts(texts, 12 * self.film_tokens, self.options.accumulate * self.lanes)
         for terms, grads in self.map(partial(self.part, batch, draw, weights), rows):
             for name, v in terms.items():
                 logged[name] = logged.get(name, 0) + v * weights[name]
@@ -613,7 +622,8 @@ class Trainer:
     @torch.no_grad()
     def measure_latents(self):
         """Sets scale and shift of the latents so that they have mean 0 and variance 1."""
-        films = [self.data[0][i]["image"] for i in range(min(128, len(self.data[0])))]
+        films = self.data[0].__getitems__(range(min(128, len(self.data[0]))))
+        films = [f["image"] for f in films if f["image"] is not None]
         mean, logvar = self.vae.moments(vae_pixels(torch.from_numpy(np.stack(films)).to(
             self.device))).chunk(2, dim=1)
         self.vae.shift = float(mean.mean())
@@ -654,24 +664,23 @@ class Trainer:
             return batches(data, self.stage.batch, self.options.seed, step, self.options.workers,
                            self.procs.rank, self.procs.world)
         if self.stage.trains != "vae":
-            return start(self.data, self.step)
+            return ahead(start(self.data, self.step))
         small, large = (start(d, n) for d, n in zip(self.data, (self.step - self.step // 16,
                                                                 self.step // 16)))
-        return (next(large if k % 16 == 15 else small) for k in itertools.count(self.step))
+        return ahead(next(large if k % 16 == 15 else small) for k in itertools.count(self.step))
 
     def fit(self):
         """Trains to the end, or until Ctrl-C, which saves."""
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, lambda *_: self.stop.fill_(1))
         o, s = self.options, self.stage
-        stream, ahead = self.stream(), ThreadPoolExecutor(1)
-        coming = ahead.submit(next, stream)     # the next films are loaded during a step
+        self.read_captions()
+        stream = self.stream()
         bar = tqdm(total=s.steps, initial=self.step, desc=f"stage {o.stage}", unit="step",
                    disable=self.procs.rank > 0)
         log = Log(self.out / "log.jsonl", o.stage, self.step) if not self.procs.rank else None
         while self.step < s.steps and not self.procs.total(self.stop):
-            batch, coming = coming.result(), ahead.submit(next, stream)
-            logged = self.one_step(batch)
+            logged = self.one_step(next(stream))
             bar.update()
             speed = {"tokens/s": logged["tokens"] * (bar.format_dict["rate"] or 0)}
             bar.set_postfix_str(" ".join(f"{k} {v:.{3 if v < 100 else 0}f}" for k, v in (
@@ -730,10 +739,19 @@ def pick_rows(batch: dict, rows: Tensor) -> dict:
             for k, v in batch.items()}
 
 
-def even_parts(texts: list[str], n: int) -> list[Tensor]:
+def ahead(source: Iterator):
+    """The same items without end; a thread fetches each while the one before it is worked on."""
+    thread = ThreadPoolExecutor(1)
+    coming = thread.submit(next, source)
+    while True:
+        item, coming = coming.result(), thread.submit(next, source)
+        yield item
+
+
+def even_parts(texts: list[str], film: int, n: int) -> list[Tensor]:
     """Places of a batch's films in at most n parts of like work. They are sorted by the length of
-    their texts, since a part is padded to its longest; a film itself counts as 500 letters."""
-    work = torch.tensor([500.0 + len(text) for text in texts])
+    their texts, since a part is padded to its longest; a film itself counts as `film` letters."""
+    work = torch.tensor([float(film + len(text)) for text in texts])
     order = work.argsort(descending=True, stable=True)
     middle = work[order].cumsum(0) - work[order] / 2
     part = (middle * n / work.sum()).long()
@@ -847,11 +865,13 @@ def plan(options: Options, stage: Stage):
     films = stage.batch / options.accumulate / world
     memory = {"weights": 4 * total, "gradients": 4 * learns, "optimizer": 8 * learns,
               "average": 4 * learns if stage.ema else 0,
-              "contexts": Contexts.size(config, 55 * stage.films * (options.train == "own")),
               "activations": 4 * kept * config.layers * tokens * films}
     print(f"  memory of each of {world} device(s): "
           + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in memory.items())
           + f"; in all {sum(memory.values()) / 2**30:.2f} GiB")
+    if options.train == "own" and not options.no_context:
+        captions = Contexts.size(config, 55 * stage.films)
+        print(f"  captions that have been read, kept on the CPU: {captions / 2**30:.2f} GiB")
     films = stage.steps * stage.batch
     print(f"  {stage.steps} steps of {stage.batch} films = {films:,} films"
           + (f" = {films / stage.films:.1f} epochs" if stage.films else ""))
@@ -963,6 +983,8 @@ def run(options: Options, procs: Processes | None = None):
     if options.plan:
         return plan(options, stage)
     procs = procs or Processes()
+    if options.train == "both" and procs.world > 1:
+        raise UserError("--train both runs in one process: start it without torchrun")
     out = Path(options.out or f"runs/{Path(options.data).resolve().name}")
     trainer = set_up(options, stage, procs, out)
     finished = trainer.resume()

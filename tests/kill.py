@@ -117,7 +117,7 @@ def torture(stage: int, kills: int, folder: Path, flags: list, hit: Counter) -> 
         how = ({"step": soon, "writing": True}, {"step": soon},
                {"moment": random.uniform(0, calm.ticks / 3)})[done % 3] if done < kills else {}
         if how and stage > 1 and done == 0:
-            how = {"step": random.randint(0, 4), "bar": "latents"}
+            how = {"step": random.randint(0, 300), "bar": "latents"}
         run = attempt([*command, str(out)], out, **how)
         if at_step(run.said, "stage", 0) not in (-1, expected):
             wrong.append(f"stage {stage} did not go on from step {expected}")
