@@ -671,8 +671,8 @@ class Trainer:
 
     def fit(self):
         """Trains to the end, or until Ctrl-C, which saves."""
-        for s in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(s, lambda *_: self.stop.fill_(1))
+        usual = {kind: signal.signal(kind, lambda *_: self.stop.fill_(1))
+                 for kind in (signal.SIGINT, signal.SIGTERM)}
         o, s = self.options, self.stage
         self.read_captions()
         stream = self.stream()
@@ -696,9 +696,12 @@ class Trainer:
         bar.close()
         if self.step < s.steps:
             self.save()
-            raise Stopped(f"stopped at step {self.step} and saved; the same command goes on")
-        if log:
+        elif log:
             log.curves(self.out / "curves.png")
+        for kind, handler in usual.items():     # another stage may follow; it sets itself up first
+            signal.signal(kind, handler)
+        if self.step < s.steps:
+            raise Stopped(f"stopped at step {self.step} and saved; the same command goes on")
 
     # ------------------------------------------------------------ what one sees
 

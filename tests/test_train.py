@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import shutil
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,11 @@ def test_what_a_run_leaves_behind(trained):
     model = UniX.load(out)
     assert model.config.resolution == 128 and model.vae.factor == 8
     assert len(model.generate(["Large left effusion."], points=3)) == 1
+
+
+def test_control_c_is_as_usual_after_a_stage(trained):
+    """Stage 2 may run stage 0 first; what follows must not swallow Ctrl-C."""
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_finished_stage_says_so(trained, folder, capsys):
