@@ -53,6 +53,7 @@ class Config:
     boi: int = 100003
     eoi: int = 100580
     no_context: bool = False    # films are drawn without text (ours)
+    predict_film: bool = False  # the generation tower tells the film, from which v follows (ours)
     resolution: int = 512       # pixels a side of generated images
     guidance: float = 2.0       # scale of classifier-free guidance
     eta: float = 0.0            # noise drawn anew in each step of sampling (ours)
@@ -65,7 +66,7 @@ PRESETS = {
         vit_image=96, vit_patch=16, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
         vocab=1024, layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=352,
         max_tokens=256, latent_side=64, latent_patch=2, interpolate_pos=True,
-        bos=0, eos=1, boi=2, eoi=3, resolution=128, guidance=3.0, eta=1.0,
+        bos=0, eos=1, boi=2, eoi=3, resolution=128, guidance=3.0, eta=1.0, predict_film=True,
         vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [],
              "scale": 1.0, "shift": 0.0, "groups": 8}),
 }
@@ -90,7 +91,7 @@ class UniX(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        nn.init.zeros_(self.llm2vae.weight)         # so that the first velocity is 0
+        nn.init.zeros_(self.llm2vae.weight)         # so that the first film or velocity is 0
         self.tokenizer, self.vae = tokenizer, vae
 
     @property
@@ -196,7 +197,10 @@ class UniX(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
             marks = self.marks(len(x))
         out, tapped = self.lm.tower.draw(marks, tokens, context, frozen, tap, keep)
-        return self.llm2vae(out), tapped
+        out = self.llm2vae(out)
+        if self.config.predict_film:    # v = (x_t - x0) / t; near t = 0 a wrong x0 counts no more
+            out = (x - out) / t.clamp(min=0.5)[:, None, None]           # than twice
+        return out, tapped
 
     def flow_loss(self, latents: Tensor, context, t: Tensor, eps: Tensor, frozen=True, tap=0):
         """Eq. 2 a sample (b,) for clean latents and noise (b, c, h, w), and the tapped states."""
@@ -341,8 +345,8 @@ def config_json(model: UniX) -> dict:
         "special_token_ids": {theirs: getattr(c, ours) for ours, theirs in MARKERS.items()},
         "inference_config": {"generation": {"cfg_text_scale": c.guidance, "num_timesteps": 50,
                                             "cfg_interval": [0.4, 1.0], "do_sample": False}},
-        "ours": {k: getattr(c, k) for k in ("share_layers", "no_context", "resolution",
-                                               "eta")}}
+        "ours": {k: getattr(c, k) for k in ("share_layers", "no_context", "resolution", "eta",
+                                            "predict_film")}}
     if model.vae is not None:
         about["vae_path"] = "vae/model.safetensors"
         about["vae_config"] = {"path": about["vae_path"], "downsample": model.vae.factor,

@@ -9,7 +9,7 @@ import torch
 from ar import ViT, decode, pick, report_loss
 from conftest import small_config
 from data import UserError
-from diffusion import VAE, position_ids, sample, shift_time, to_tokens
+from diffusion import VAE, path, position_ids, sample, shift_time, to_tokens
 from unix import PRESETS, UniX, read_safetensors, released, write_safetensors
 
 
@@ -337,3 +337,21 @@ def test_latents_of_another_autoencoder():
         latents = torch.randn(1, channels, 2 * 16 // factor, 2 * 16 // factor)
         loss, _ = model.flow_loss(latents, None, torch.tensor([0.5]), torch.zeros_like(latents))
         torch.testing.assert_close(loss[0], latents.square().mean())
+
+
+def test_a_tower_that_tells_the_film(tmp_path):
+    """If what it tells is the film, the velocity is Eq. 2's target up to t = 0.5 from noise, and
+    half that at t = 0.25; one step of the sampler from noise is the film; saving keeps it."""
+    torch.manual_seed(0)
+    model = UniX(small_config(predict_film=True))
+    eps, film = torch.randn(4, 4, 16), torch.randn(16)
+    with torch.no_grad():
+        model.llm2vae.bias.copy_(film)          # its weights are 0: every token tells this film
+        t, places = torch.tensor([1.0, 0.8, 0.5, 0.25]), model.places(2, 2)
+        v, _ = model.velocity(path(film.expand_as(eps), eps, t), t, None, places)
+    want = (eps - film) * torch.tensor([1, 1, 1, 0.5])[:, None, None]
+    torch.testing.assert_close(v, want, atol=1e-5, rtol=1e-5)
+    drawn, = model.draw([[1]], 2, 2, [0], points=2, scale=1.0, eta=0.0)
+    torch.testing.assert_close(to_tokens(drawn, 1)[0], film.expand(4, 16), atol=1e-5, rtol=1e-5)
+    model.save(tmp_path)
+    assert UniX.load(tmp_path).config.predict_film
