@@ -1183,7 +1183,7 @@ def sheet(images, captions, columns, path):
         film = ImageOps.scale(film, max(1, round(192 / max(film.size))), Image.Resampling.NEAREST)
         width, place = max(192, film.width), (0, film.height + 4)
         letter = font.getlength(caption.replace("\n", " ") or " ") / max(1, len(caption))
-        lines = (textwrap.fill(line, int(.9 * width / letter)) for line in caption.split("\n"))
+        lines = (textwrap.fill(line, int(.84 * width / letter)) for line in caption.split("\n"))
         text = "\n".join(lines)
         bottom = ImageDraw.Draw(film).multiline_textbbox(place, text, font=font)[3]
         cells.append(Image.new("RGB", (width + gap, round(bottom) + 2 * gap), "white"))
