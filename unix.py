@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ar import Connector, LanguageModel, RadDino, Tokenizer, ViT, decode, pick, report_loss
 from data import UserError, atomic
 from diffusion import (VAE, TimeEmbedder, path, position_ids, position_table, sample, to_latents,
-                       to_tokens, to_uint8, velocity_loss)
+                       to_tokens, to_uint8, velocity_loss, velocity_to)
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|begin_of_image|>", "<|end_of_image|>")
 INSTRUCTIONS = (
@@ -198,9 +198,7 @@ class UniX(nn.Module):
             marks = self.marks(len(x))
         out, tapped = self.lm.tower.draw(marks, tokens, context, frozen, tap, keep)
         out = self.llm2vae(out)
-        if self.config.predict_film:    # v = (x_t - x0) / t; near t = 0 a wrong x0 counts no more
-            out = (x - out) / t.clamp(min=0.5)[:, None, None]           # than twice
-        return out, tapped
+        return velocity_to(out, x, t) if self.config.predict_film else out, tapped
 
     def flow_loss(self, latents: Tensor, context, t: Tensor, eps: Tensor, frozen=True, tap=0):
         """Eq. 2 a sample (b,) for clean latents and noise (b, c, h, w), and the tapped states."""
