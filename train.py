@@ -54,7 +54,7 @@ STAGES = {
     },
     "tiny": {   # the same in half an hour on two cores; sizes keep the paper's ratios
         0: Stage("vae", 64, 2e-3, 50, 2_000, batch=2, decay=0.4, muon=0.02),
-        1: Stage("understanding", 96, 2e-3, 50, 3_400, batch=16, decay=0.4, muon=0.005),
+        1: Stage("understanding", 96, 2e-3, 50, 4_000, batch=16, decay=0.4, muon=0.005),
         2: Stage("generation", 64, 2e-3, 50, 5_000, batch=16, repa=0.5, ema=0.998, decay=1.0,
                  muon=0.02, films=8_192, shift=8.0),
         3: Stage("generation", 128, 2e-3, 0, 9_000, batch=16, ema=0.998, decay=1.0, muon=0.02,
