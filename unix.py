@@ -56,6 +56,7 @@ class Config:
     predict_film: bool = False  # the generation tower tells the film, from which v follows (ours)
     resolution: int = 512       # pixels a side of generated images
     guidance: float = 2.0       # scale of classifier-free guidance
+    guided: tuple = (0.4, 1.0)  # times at which it is on
     eta: float = 0.0            # noise drawn anew in each step of sampling (ours)
     vae: dict = field(default_factory=lambda: {"scale": 0.238092, "shift": -0.201906})
 
@@ -212,7 +213,7 @@ class UniX(nn.Module):
         """Denoises an h x w latent image a caption; yields latents (b, c, h, w) after each step.
         Its seed draws an image's noise on the CPU, alike in any batch. `how`: diffusion.sample."""
         context = both = None
-        how.setdefault("eta", self.config.eta)
+        how = {"eta": self.config.eta, "interval": self.config.guided} | how
         if self.config.no_context:
             how["scale"] = 1.0          # without text there is nothing to be guided by
         else:
@@ -342,7 +343,7 @@ def config_json(model: UniX) -> dict:
                        "patch_size": c.vit_patch, "select_layer": -1},
         "special_token_ids": {theirs: getattr(c, ours) for ours, theirs in MARKERS.items()},
         "inference_config": {"generation": {"cfg_text_scale": c.guidance, "num_timesteps": 50,
-                                            "cfg_interval": [0.4, 1.0], "do_sample": False}},
+                                            "cfg_interval": c.guided, "do_sample": False}},
         "ours": {k: getattr(c, k) for k in ("share_layers", "no_context", "resolution", "eta",
                                             "predict_film")}}
     if model.vae is not None:
@@ -391,7 +392,8 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
         latent_patch=patch_latents,
         latent_channels=size("vae2llm.weight", 1, base.latent_channels) // patch_latents ** 2,
         interpolate_pos=bool(about.get("interpolate_pos", False)),
-        guidance=drawing.get("cfg_text_scale", base.guidance), **markers, **about.get("ours", {}))
+        guidance=drawing.get("cfg_text_scale", base.guidance),
+        guided=tuple(drawing.get("cfg_interval") or base.guided), **markers, **about.get("ours", {}))
 
 
 def complete(weights: dict[str, Tensor], model: UniX):

@@ -130,6 +130,15 @@ def test_guidance_in_one_pass_equals_two(model):
             torch.testing.assert_close(together[i].flatten(1).T, x[0], atol=1e-4, rtol=1e-4)
 
 
+def test_guidance_is_on_when_the_weights_folder_says(model, tmp_path):
+    model.config.guided = (0.5, 0.8)
+    model.save(tmp_path)
+    loaded = UniX.load(tmp_path)
+    drawn, said, other = (list(loaded.draw([[1, 2]], 4, 4, [5], points=4, scale=3.0, **how))[-1]
+                          for how in ({}, {"interval": (0.5, 0.8)}, {"interval": (0.4, 1.0)}))
+    assert torch.equal(drawn, said) and not torch.allclose(drawn, other)
+
+
 def test_bad_texts_and_sizes_are_named(model):
     with_vae(model).tokenizer = Letters()
     for text, word in (("  ", "empty"), ("x" * 80, "80 tokens")):
