@@ -393,7 +393,8 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
         latent_channels=size("vae2llm.weight", 1, base.latent_channels) // patch_latents ** 2,
         interpolate_pos=bool(about.get("interpolate_pos", False)),
         guidance=drawing.get("cfg_text_scale", base.guidance),
-        guided=tuple(drawing.get("cfg_interval") or base.guided), **markers, **about.get("ours", {}))
+        guided=tuple(drawing.get("cfg_interval") or base.guided),
+        **markers, **about.get("ours", {}))
 
 
 def complete(weights: dict[str, Tensor], model: UniX):
