@@ -1,5 +1,6 @@
 """What several tests need: paths, a small model with random weights, its inputs."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ GOLDEN = Path(__file__).resolve().parent / "golden"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from unix import Config, UniX  # noqa: E402
+
+signal.signal(signal.SIGINT, signal.default_int_handler)    # `pytest &` ignores it, as children do
 
 
 def small_config(**changes) -> Config:
