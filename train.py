@@ -52,7 +52,7 @@ STAGES = {
         2: Stage("generation", 256, 2e-4, 2_000, 75_000, repa=0.5, ema=0.9999),
         3: Stage("generation", 512, 1e-4, 0, 5_000, ema=0.9999),
     },
-    "tiny": {   # the same in half an hour on two cores; sizes keep the paper's ratios
+    "tiny": {   # the same in 30 to 55 minutes on two cores; sizes keep the paper's ratios
         0: Stage("vae", 64, 2e-3, 50, 2_000, batch=2, decay=0.4, muon=0.02),
         1: Stage("understanding", 96, 2e-3, 50, 4_000, batch=16, decay=0.4, muon=0.005),
         2: Stage("generation", 64, 2e-3, 50, 5_000, batch=16, repa=0.5, ema=0.998, decay=1.0,
