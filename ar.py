@@ -318,24 +318,24 @@ class ViT(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def prepare(self, films: Tensor) -> Tensor:
-        """uint8 films (b, h, w) of any size -> what forward takes."""
-        return vit_pixels(resize(films, self.image))
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 images (b, h, w) of any size -> what forward takes."""
+        return vit_pixels(resize(images, self.image))
 
-    def patches(self, films: Tensor) -> Tensor:
-        """uint8 films (b, h, w) -> a feature a patch (b, n, d): the teacher of stage 2."""
-        return self(self.prepare(films))
+    def patches(self, images: Tensor) -> Tensor:
+        """uint8 images (b, h, w) -> a feature a patch (b, n, d): the teacher of stage 2."""
+        return self(self.prepare(images))
 
-    def summary(self, films: Tensor) -> Tensor:
-        """uint8 films (b, h, w) -> one feature a film (b, d), for distances between sets."""
-        return self.patches(films).mean(1)
+    def summary(self, images: Tensor) -> Tensor:
+        """uint8 images (b, h, w) -> one feature an image (b, d), for distances between sets."""
+        return self.patches(images).mean(1)
 
 
-def resize(films: Tensor, side: int) -> Tensor:
-    """uint8 films (b, h, w) -> float (b, side, side) in [0, 255]."""
-    if films.shape[1:] == (side, side):
-        return films.float()
-    return F.interpolate(films[:, None].float(), (side, side), mode="bicubic",
+def resize(images: Tensor, side: int) -> Tensor:
+    """uint8 images (b, h, w) -> float (b, side, side) in [0, 255]."""
+    if images.shape[1:] == (side, side):
+        return images.float()
+    return F.interpolate(images[:, None].float(), (side, side), mode="bicubic",
                          antialias=True).clamp(0, 255)[:, 0]
 
 
@@ -405,15 +405,15 @@ class RadDino(ViT):
         x = rearrange(x + grid, "b d h w -> b (h w) d")
         return torch.cat([(self.cls + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
 
-    def prepare(self, films: Tensor) -> Tensor:
-        pixels = (resize(films, self.side) / 255 - self.mean) / self.std
+    def prepare(self, images: Tensor) -> Tensor:
+        pixels = (resize(images, self.side) / 255 - self.mean) / self.std
         return pixels[:, None].expand(-1, 3, -1, -1)
 
-    def patches(self, films: Tensor) -> Tensor:
-        return self(self.prepare(films))[:, 1:]
+    def patches(self, images: Tensor) -> Tensor:
+        return self(self.prepare(images))[:, 1:]
 
-    def summary(self, films: Tensor) -> Tensor:
-        return self(self.prepare(films))[:, 0]          # the class token
+    def summary(self, images: Tensor) -> Tensor:
+        return self(self.prepare(images))[:, 0]          # the class token
 
 
 class Connector(nn.Module):

@@ -441,7 +441,7 @@ class Finding(NamedTuple):
     kind: str = ""      # "nodule", "mass"; the device
 
 
-class Film(NamedTuple):
+class Phantom(NamedTuple):
     """A phantom and all that is known of it."""
     image: np.ndarray   # uint8 (size, size)
     findings: tuple
@@ -754,9 +754,9 @@ def phantom_scene(split, index):
 
 
 def phantom(split, index, size):
-    """The Film number `index` of "train", "val" or "test", a pure function of its arguments."""
+    """The Phantom number `index` of "train", "val" or "test", a pure function of its arguments."""
     scene, findings, report = phantom_scene(split, index)
-    return Film(draw(scene, findings, size), findings, report, heart_ratio(scene, findings))
+    return Phantom(draw(scene, findings, size), findings, report, heart_ratio(scene, findings))
 
 
 def heart_width(image):
@@ -1169,7 +1169,7 @@ person? Answer YES, or NO and the first fault.\n\nOriginal: {report}\n\nCleaned:
 
 
 # ---------------------------------------------------------------- a first look
-def save_film(image, path):
+def save_image(image, path):
     """Write a film, uint8 (h, w) or (h, w, 3), as PNG, whole or not at all."""
     with atomic(path) as temporary:
         Image.fromarray(image).save(temporary, "PNG")
@@ -1194,7 +1194,7 @@ def sheet(images, captions, columns, path):
     page = Image.new("RGB", (gap + width * columns, gap + height * rows), "white")
     for i, cell in enumerate(cells):
         page.paste(cell, (gap + width * (i % columns), gap + height * (i // columns)))
-    save_film(np.asarray(page), path)
+    save_image(np.asarray(page), path)
 
 
 def first_look(source, out):

@@ -1,7 +1,7 @@
 """Generation: rectified flow, latent embeddings and the autoencoder (Sec. 3.3, Eq. 2).
 
 Time runs from t = 0, the image, to t = 1, noise: x_t = (1 - t) x0 + t eps; the network learns the
-velocity v = eps - x0 (in `tiny` it tells x0, and v follows from it: `velocity_to`); the sampler
+velocity v = eps - x0 (in `tiny` it tells x0, and v follows from it: `velocity_from_x0`); the sampler
 walks from 1 to 0 and SUBTRACTS v dt.
 
 Letters: b batch, c latent channels, h w latent rows and columns, n = h w tokens, d width,
@@ -38,10 +38,10 @@ def target(x0: Tensor, eps: Tensor) -> Tensor:
     return eps - x0
 
 
-def velocity_to(film: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Velocity at x_t of the line from `film`, a guess of x0: (x_t - x0) / t; below t = 0.5 divided
+def velocity_from_x0(image: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """Velocity at x_t of the line from `image`, a guess of x0: (x_t - x0) / t; below t = 0.5 divided
     by 0.5, so that a wrong guess counts at most twice (Li and He 2025, arXiv 2511.13720)."""
-    return (x - film) / spread(t, x).clamp(min=0.5)
+    return (x - image) / spread(t, x).clamp(min=0.5)
 
 
 def shift_time(t: Tensor, s: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Uses a trained UniX: reads films, draws films, and scores both (the paper's two tables).
+"""Uses a trained UniX: reads images, draws images, and scores both (the paper's two tables).
 
     python sample.py report chest.png [more.png ...]
     python sample.py generate "Large right pleural effusion." --out effusion.png
@@ -59,20 +59,20 @@ def parse(argv=None) -> argparse.Namespace:
             add("--size", type=number(int, 1), help="pixels a side (default: as trained)")
         return add
 
-    add = command("report", "write the report of each film", draws=False)
+    add = command("report", "write the report of each image", draws=False)
     add("images", nargs="+", help="image files")
     add("--prompt", help="instruction (default: the one used in training)")
     add("--max-tokens", type=number(int, 1), default=500, help="longest report (%(default)s)")
     add("--temperature", type=number(float, 0), default=0.0, help="0 (default): the likeliest word")
     add("--top-p", type=number(float, 0.001, 1), default=1.0, help="nucleus kept (%(default)s)")
-    add = command("generate", "draw the film of each text")
-    add("texts", nargs="+", help="what the film shows")
-    add("--out", default="film.png", help="PNG to write, a sheet of several films (%(default)s)")
-    add("--count", type=number(int, 1), default=1, help="films of each text (%(default)s)")
-    add = command("evaluate", "score reports and films on held-out data: the paper's two tables")
+    add = command("generate", "draw the image of each text")
+    add("texts", nargs="+", help="what the image shows")
+    add("--out", default="image.png", help="PNG to write, a sheet of several images (%(default)s)")
+    add("--count", type=number(int, 1), default=1, help="images of each text (%(default)s)")
+    add = command("evaluate", "score reports and images on held-out data: the paper's two tables")
     add("--data", default="phantom", help="phantom (default) or a data folder")
-    add("--split", default="val", choices=("val", "test"), help="which films (%(default)s)")
-    add("--samples", type=number(int, 1), default=500, help="films and captions (%(default)s)")
+    add("--split", default="val", choices=("val", "test"), help="which images (%(default)s)")
+    add("--samples", type=number(int, 1), default=500, help="images and captions (%(default)s)")
     add("--out", help="folder for the results (default: WEIGHTS/evaluation)")
     add("--features", help="RAD-DINO folder (default: our image encoder)")
     return parser.parse_args(argv)
@@ -84,7 +84,7 @@ import torch                                              # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
 from data import (CLASSES, UserError, atomic, heart_width, label_report, locate,  # noqa: E402
-                  open_data, read_image, save_film, sheet, square, vae_pixels, vit_pixels)
+                  open_data, read_image, save_image, sheet, square, vae_pixels, vit_pixels)
 from diffusion import to_uint8                            # noqa: E402
 from unix import INSTRUCTIONS, UniX, load_rad_dino        # noqa: E402
 
@@ -258,34 +258,34 @@ def load(args) -> UniX:
 
 
 def report(args):
-    """Prints the report of each film."""
+    """Prints the report of each image."""
     model = load(args)
-    films = [square(read_image(p), model.config.vit_image) for p in args.images]
+    images = [square(read_image(p), model.config.vit_image) for p in args.images]
     prompt = INSTRUCTIONS[0] if args.prompt is None else args.prompt
-    for paths, some in zip(chunks(args.images, 8), chunks(films, 8)):
+    for paths, some in zip(chunks(args.images, 8), chunks(images, 8)):
         pixels = vit_pixels(torch.from_numpy(np.stack(some)).to(model.device))
         written = model.report(pixels, prompt, args.max_tokens, args.temperature, args.top_p,
                                args.seed)
         for path, text in zip(paths, written):
-            print(f"{path}: {text}" if len(films) > 1 else text)
+            print(f"{path}: {text}" if len(images) > 1 else text)
 
 
 def generate(args):
-    """Writes the film of each text; a sheet when there are several."""
+    """Writes the image of each text; a sheet when there are several."""
     out = Path(args.out)
     if out.is_dir() or not os.access(out.parent, os.W_OK):
         raise UserError(f"--out {out} cannot be written; name a file in a folder that is there")
     model = load(args)
-    films, texts = [], [t for t in args.texts for _ in range(args.count)]
+    images, texts = [], [t for t in args.texts for _ in range(args.count)]
     for some in tqdm([*chunks(texts, 8)], desc="drawing", disable=len(texts) <= 8):
-        seeds = range(args.seed + len(films), args.seed + len(films) + len(some))
+        seeds = range(args.seed + len(images), args.seed + len(images) + len(some))
         drawn = model.generate(some, args.size, seeds, points=args.points, scale=args.guidance,
                                shift=args.shift, eta=args.eta)
-        films.extend(drawn[:, 0].cpu().numpy())
-    if len(films) == 1:
-        save_film(films[0], out)
+        images.extend(drawn[:, 0].cpu().numpy())
+    if len(images) == 1:
+        save_image(images[0], out)
     else:
-        sheet(films, texts, min(len(films), max(args.count, 4)), out)
+        sheet(images, texts, min(len(images), max(args.count, 4)), out)
     print(f"wrote {out}")
 
 
@@ -304,18 +304,18 @@ class Results:
         self.how = {"points": args.points, "scale": args.guidance, "shift": args.shift,
                     "eta": args.eta}
         self.out = Path(args.out or Path(args.weights) / "evaluation")
-        self.films = self.out / "films"
+        self.images = self.out / "images"
         about, model_file = self.out / "origin.json", Path(args.weights).resolve() / "config.json"
         origin = json.dumps([str(model_file), model_file.stat().st_mtime, data.fingerprint(),
                              args.size, args.seed, self.how])
-        self.films.mkdir(parents=True, exist_ok=True)
+        self.images.mkdir(parents=True, exist_ok=True)
         if not about.exists() or about.read_text() != origin:
-            for old in [*self.films.glob("*.png"), *self.out.glob("*.csv")]:
+            for old in [*self.images.glob("*.png"), *self.out.glob("*.csv")]:
                 old.unlink()
             about.write_text(origin)
 
-    def read(self, name: str, films: np.ndarray, truth: dict[str, str]) -> list[str]:
-        """Reports that the model writes of uint8 films (n, h, w); truth: index -> true report.
+    def read(self, name: str, images: np.ndarray, truth: dict[str, str]) -> list[str]:
+        """Reports that the model writes of uint8 images (n, h, w); truth: index -> true report.
         Kept in a table with the columns that CheXbert's tools read; rows there are used."""
         file, done = self.out / name, {}
         if file.exists():
@@ -326,7 +326,7 @@ class Results:
         missing = [(k, i) for k, i in enumerate(truth) if i not in done]
         for some in tqdm([*chunks(missing, 32)], desc=f"reading for {name}", unit="batch"):
             rows, indices = zip(*some)
-            pixels = self.model.vit.prepare(torch.from_numpy(films[[*rows]]).to(self.model.device))
+            pixels = self.model.vit.prepare(torch.from_numpy(images[[*rows]]).to(self.model.device))
             written = self.model.report(pixels, max_new=min(200, self.model.config.max_tokens))
             done |= dict(zip(indices, written))
             with atomic(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
@@ -336,14 +336,14 @@ class Results:
         return [done[i] for i in truth]
 
     def draw(self, wanted: dict[str, tuple[str, int]]) -> np.ndarray:
-        """Films by name, each of a text and a seed, uint8 (n, h, w); draws those not there yet."""
-        missing = [k for k in wanted if not (self.films / f"{k}.png").exists()]
+        """Images by name, each of a text and a seed, uint8 (n, h, w); draws those not there yet."""
+        missing = [k for k in wanted if not (self.images / f"{k}.png").exists()]
         for some in tqdm([*chunks(missing, 16)], desc="drawing", unit="batch"):
             texts, seeds = zip(*(wanted[k] for k in some))
-            films = self.model.generate(texts, self.size, seeds, **self.how)[:, 0]
-            for k, film in zip(some, films.cpu().numpy()):
-                save_film(film, self.films / f"{k}.png")
-        return np.stack([read_image(self.films / f"{k}.png") for k in wanted])
+            images = self.model.generate(texts, self.size, seeds, **self.how)[:, 0]
+            for k, image in zip(some, images.cpu().numpy()):
+                save_image(image, self.images / f"{k}.png")
+        return np.stack([read_image(self.images / f"{k}.png") for k in wanted])
 
 
 def label_table(reports: list[str]) -> np.ndarray:
@@ -385,7 +385,7 @@ def report_scores(truth: list[str], written: list[str]) -> dict[str, list[float]
     return with_intervals(figures, len(truth))
 
 
-def film_scores(real: np.ndarray, fake: np.ndarray) -> dict[str, list[float]]:
+def image_scores(real: np.ndarray, fake: np.ndarray) -> dict[str, list[float]]:
     """Table 3 on image features (n, d), {name: [value, low, high]}, as far as n allows."""
     def figures(i):
         found = {"FD": frechet_distance(real[i], fake[i]), "KD": kernel_distance(real[i], fake[i])}
@@ -397,37 +397,37 @@ def film_scores(real: np.ndarray, fake: np.ndarray) -> dict[str, list[float]]:
 
 
 @torch.no_grad()
-def features(encoder, films: np.ndarray) -> np.ndarray:
-    """uint8 films (n, h, w) -> (n, d), float64."""
+def features(encoder, images: np.ndarray) -> np.ndarray:
+    """uint8 images (n, h, w) -> (n, d), float64."""
     parts = [encoder.summary(torch.from_numpy(some).to(encoder.pos_embed.device))
-             for some in chunks(films, 32)]
+             for some in chunks(images, 32)]
     return torch.cat(parts).double().cpu().numpy()
 
 
 def heart_triples(results: Results, count=20) -> dict[str, list[float]]:
     """Share of noise seeds whose heart widens from normal to mildly to severely enlarged."""
     seeds, name = range(1000, 1000 + count), "normal < mild < severe, share of seeds"
-    films = results.draw({f"heart-{level}-{seed}": (text, seed)
+    images = results.draw({f"heart-{level}-{seed}": (text, seed)
                           for level, text in enumerate(HEARTS) for seed in seeds})
-    widths = np.array([heart_width(f) for f in films]).reshape(len(HEARTS), count)
+    widths = np.array([heart_width(f) for f in images]).reshape(len(HEARTS), count)
     rises = (np.diff(widths, axis=0) > 0).all(0)
     return with_intervals(lambda i: {name: rises[i].mean()}, count)
 
 
 @torch.no_grad()
-def reconstruction(model: UniX, films: np.ndarray) -> dict[str, list[float]]:
-    """PSNR in dB of uint8 films (n, s, s) through the autoencoder and back; mean over films."""
+def reconstruction(model: UniX, images: np.ndarray) -> dict[str, list[float]]:
+    """PSNR in dB of uint8 images (n, s, s) through the autoencoder and back; mean over images."""
     each = []
-    for some in chunks(films, 16):
+    for some in chunks(images, 16):
         pixels = vae_pixels(torch.from_numpy(some).to(model.device))
         back = to_uint8(model.vae.decode(model.vae.latents(model.vae.moments(pixels))))[:, 0]
         each += [psnr(a, b, 255) for a, b in zip(some, back.cpu().numpy())]
-    each, name = np.array(each), f"PSNR at {films.shape[1]} px, {len(films)} films"
+    each, name = np.array(each), f"PSNR at {images.shape[1]} px, {len(images)} images"
     return with_intervals(lambda i: {name: each[i].mean()}, len(each))
 
 
 def evaluate(args):
-    """Both tables on held-out films; prints them, writes metrics.json, predictions.csv, films."""
+    """Both tables on held-out images; prints them, writes metrics.json, predictions.csv, images."""
     model = load(args)
     size = args.size or model.config.resolution
     if model.vae is not None:
@@ -435,39 +435,39 @@ def evaluate(args):
     encoder = load_rad_dino(args.features).to(model.device) if args.features else model.vit
     data = open_data(args.data, args.split, max(size, model.config.vit_image))
     results = Results(args, model, data)
-    films = [data[i] for i in tqdm(range(min(args.samples, len(data))), desc="films")]
-    films = {str(f["index"]): f for f in films}         # one that stands in for another is one
-    real = np.stack([f["image"] for f in films.values()])
-    truth = {i: f["report"] for i, f in films.items()}
+    images = [data[i] for i in tqdm(range(min(args.samples, len(data))), desc="images")]
+    images = {str(f["index"]): f for f in images}         # one that stands in for another is one
+    real = np.stack([f["image"] for f in images.values()])
+    truth = {i: f["report"] for i, f in images.items()}
     written = results.read("predictions.csv", real, truth)
     metrics = {"understanding": report_scores(list(truth.values()), written)}
     if model.vae is not None:
         metrics["autoencoder"] = {}
         for side in (s for s in (size // 2, size) if s % model.vae.factor == 0):
             small = open_data(args.data, args.split, max(side, 64))
-            small = np.stack([square(small[int(i)]["image"], side) for i in list(films)[:100]])
+            small = np.stack([square(small[int(i)]["image"], side) for i in list(images)[:100]])
             metrics["autoencoder"] |= reconstruction(model, small)
         if model.llm2vae.weight.any():                  # stage 2 has been run
-            captions = {i: f["caption"] for i, f in films.items()}
+            captions = {i: f["caption"] for i, f in images.items()}
             metrics |= evaluate_drawing(args, results, encoder, captions, real, written)
     for line in data.dropped.lines():
         print(f"note: {line}")
     for name, table in metrics.items():
-        print(f"\n{name} ({len(films)} films of {args.data}, {args.split} split; 95% interval)")
+        print(f"\n{name} ({len(images)} images of {args.data}, {args.split} split; 95% interval)")
         for k, (value, low, high) in table.items():
             print(f"  {k:42}{value:9.3f}  [{low:.3f}, {high:.3f}]")
     with atomic(results.out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps({"samples": len(films), **metrics}, indent=1))
+        temporary.write_text(json.dumps({"samples": len(images), **metrics}, indent=1))
     print(f"\nwrote {results.out}: {', '.join(sorted(p.name for p in results.out.iterdir()))}")
 
 
 def evaluate_drawing(args, results: Results, encoder, captions: dict, real, written: list) -> dict:
-    """Table 3 and the round trip: is what a film was drawn from read back from it?"""
+    """Table 3 and the round trip: is what an image was drawn from read back from it?"""
     fake = results.draw({str(i): (text, args.seed + int(i)) for i, text in captions.items()})
     prompts, back = list(captions.values()), results.read("drawn.csv", fake, captions)
     kept = ("micro F1-14", "macro F1-14", "sides right", "severity right")
     trip = {k: v for k, v in report_scores(prompts, back).items() if k in kept}
-    trip["micro F1-14 of the true films (ceiling)"] = report_scores(prompts, written)["micro F1-14"]
+    trip["micro F1-14 of the true images (ceiling)"] = report_scores(prompts, written)["micro F1-14"]
     a, b = label_table(prompts) == 1, label_table(back) == 1
 
     def by_class(i):
@@ -475,14 +475,14 @@ def evaluate_drawing(args, results: Results, encoder, captions: dict, real, writ
         return {f"F1 {CLASSES[j]} ({a[:, j].sum()})": each[j] for j in np.flatnonzero(a.any(0))}
     trip |= with_intervals(by_class, len(a))
     kind = "RAD-DINO, class token" if args.features else "our image encoder, mean of patches"
-    scores = film_scores(features(encoder, real), features(encoder, fake))
+    scores = image_scores(features(encoder, real), features(encoder, fake))
     found = {f"generation, features: {kind}": scores,
-             "round trip: generated films read back": trip}
+             "round trip: generated images read back": trip}
     if args.data == "phantom":
         found["severity of the heart"] = heart_triples(results)
-    shown = [(film, text) for k in range(min(8, len(real))) for film, text in (
+    shown = [(image, text) for k in range(min(8, len(real))) for image, text in (
         (real[k], f"REAL {prompts[k]}"), (fake[k], f"DRAWN, read as: {back[k]}"))]
-    sheet(*zip(*shown), 4, results.out / "films.png")
+    sheet(*zip(*shown), 4, results.out / "images.png")
     return found
 
 

@@ -1,7 +1,7 @@
 """Teaches UniX in the paper's stages (Sec. 3.4, Table 1).
 
     python train.py --stage 0      a small autoencoder, where no pretrained one is at hand (--vae)
-    python train.py --stage 1      understanding: reads films, writes reports     (Eq. 1)
+    python train.py --stage 1      understanding: reads images, writes reports     (Eq. 1)
     python train.py --stage 2      generation at low resolution, with REPA        (Eq. 2)
     python train.py --stage 3      generation at high resolution
 
@@ -41,7 +41,7 @@ class Stage:
     ema: float = 0.0        # decay of the averaged weights that are saved; 0: none (ours)
     decay: float = 0.0      # share of the steps at the end over which the rate falls to 0 (ours)
     muon: float = 0.0       # learning rate of matrices under Muon; 0: AdamW for all, as the paper
-    films: int = 0          # how many films of an endless set are used; 0: no limit (ours)
+    images: int = 0          # how many images of an endless set are used; 0: no limit (ours)
     shift: float = 1.0      # of times towards noise; falls to 1 in the last 70% of steps (ours)
 
 
@@ -56,9 +56,9 @@ STAGES = {
         0: Stage("vae", 64, 2e-3, 50, 2_000, batch=2, decay=0.4, muon=0.02),
         1: Stage("understanding", 96, 2e-3, 50, 4_000, batch=16, decay=0.4, muon=0.005),
         2: Stage("generation", 64, 2e-3, 50, 5_000, batch=16, repa=0.5, ema=0.998, decay=1.0,
-                 muon=0.02, films=8_192, shift=8.0),
+                 muon=0.02, images=8_192, shift=8.0),
         3: Stage("generation", 128, 2e-3, 0, 9_000, batch=16, ema=0.998, decay=1.0, muon=0.02,
-                 films=8_192, shift=8.0),
+                 images=8_192, shift=8.0),
     },
 }
 
@@ -78,27 +78,27 @@ def option(default, text: str, **more):
 class Options:
     """What a user can say; `--help` is made from this."""
     stage: int = option(None, "which stage to run: 0, 1, 2 or 3", choices=(0, 1, 2, 3))
-    data: str = option("phantom", "phantom (drawn films, no download) or a data folder")
+    data: str = option("phantom", "phantom (drawn images, no download) or a data folder")
     out: str = option(None, "weights folder to write and go on with (default: runs/NAME)")
     preset: str = option("tiny", "tiny (a laptop) or unix (the paper)", choices=tuple(STAGES))
     weights: str = option(None, "weights folder to start from: UniX, Janus-Pro, or a run of yours")
     vae: str = option(None, "autoencoder to use instead of stage 0: CompVis .ckpt or .safetensors")
     steps: int = option(None, "optimizer steps (default: see --plan)")
-    batch_size: int = option(None, "films a step, over all processes")
+    batch_size: int = option(None, "images a step, over all processes")
     accumulate: int = option(1, "parts that a batch is worked through in; same result, less memory")
     lr: float = option(None, "learning rate")
     repa: str = option(None, "stage 2's alignment: its weight, or a RAD-DINO folder to align with\n"
                        "(default: 0.5, with the model's own image encoder)")
     train: str = option("own", "own: only the stage's branch learns; both: Table 5",
                         choices=("own", "both"))
-    mix: str = option("1:1", "with --train both: films that are read : films that are drawn",
+    mix: str = option("1:1", "with --train both: images that are read : images that are drawn",
                       choices=("1:1", "1:2", "1:4", "0:1"))
     share_layers: int = option(0, "first layers that both branches share (from stage 1 or 2 on)")
-    no_context: bool = option(False, "cut the joint attention: films are drawn without text")
+    no_context: bool = option(False, "cut the joint attention: images are drawn without text")
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "fp32", "bf16"))
     checkpointing: bool = option(False, "recompute activations: less memory, more time")
     compile: bool = option(False, "torch.compile the layers")
-    workers: int = option(0, "processes that load films")
+    workers: int = option(0, "processes that load images")
     save_every: int = option(200, "steps between checkpoints")
     sheet_every: int = option(500, "steps between sample sheets")
     seed: int = option(0, "seed of everything random")
@@ -119,7 +119,7 @@ def parse(argv=None) -> Options:
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **more)
     options = Options(**vars(parser.parse_args(argv)))
     if options.stage is None:
-        parser.error("say which stage: --stage 0 (autoencoder), 1 (reports), 2 or 3 (films)")
+        parser.error("say which stage: --stage 0 (autoencoder), 1 (reports), 2 or 3 (images)")
     for name in ("steps", "batch_size", "accumulate", "save_every", "sheet_every", "lr"):
         if getattr(options, name) is not None and getattr(options, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive")
@@ -246,14 +246,14 @@ def digest(module: nn.Module | None) -> str:
 
 
 class Latents:
-    """A film set seen through the frozen autoencoder: moments [mean | log variance] of every film,
+    """An image set seen through the frozen autoencoder: moments [mean | log variance] of every image,
     and the alignment teacher's features of it, computed once and kept beside the run. The cache
-    knows what it was made from, and is made again when films, size, autoencoder or teacher change.
+    knows what it was made from, and is made again when images, size, autoencoder or teacher change.
     """
 
     def __init__(self, source, count: int, model: UniX, teacher, folder: Path, images=None,
                  begun=False):
-        """`images`: the same films at the image encoder's size, where these are wanted too.
+        """`images`: the same images at the image encoder's size, where these are wanted too.
         `begun`: the stage is under way, and its teacher has learned since (--train both)."""
         self.source, self.folder, self.stem = source, folder, f"latents-{source.size}"
         self.images = images
@@ -275,31 +275,31 @@ class Latents:
         return self.folder / f"{self.stem}.{kind}.npy"
 
     def build(self, count: int, model: UniX, teacher) -> list:
-        """Fills the memory maps; returns the texts [report, caption] of the films."""
+        """Fills the memory maps; returns the texts [report, caption] of the images."""
         self.file("features").unlink(missing_ok=True)       # those of another teacher
         texts, maps, (lanes, run) = [], {}, side_by_side(str(model.device))
 
         @torch.no_grad()
         def see(rows: range) -> tuple[list, dict]:
-            films = self.source.__getitems__(rows)
-            if any(f["image"] is None for f in films):
-                return films, {}                        # so many are broken that account() raises
-            images = torch.from_numpy(np.stack([f["image"] for f in films])).to(model.device)
+            samples = self.source.__getitems__(rows)
+            if any(f["image"] is None for f in samples):
+                return samples, {}                       # so many are broken that account() raises
+            images = torch.from_numpy(np.stack([f["image"] for f in samples])).to(model.device)
             out = {"moments": model.vae.moments(vae_pixels(images))}
-            return films, out | ({"features": teacher.patches(images)} if teacher else {})
+            return samples, out | ({"features": teacher.patches(images)} if teacher else {})
 
         parts = [range(i, min(i + 8, count)) for i in range(0, count, 8)]   # a CPU's caches hold 8
-        bar = tqdm(total=count, desc=f"latents at {self.source.size} px", unit="film")
+        bar = tqdm(total=count, desc=f"latents at {self.source.size} px", unit="image")
         for some in (parts[i:i + lanes] for i in range(0, len(parts), lanes)):
-            for films, out in run(see, some):
-                self.source.account(films)
+            for samples, out in run(see, some):
+                self.source.account(samples)
                 for k, v in out.items():
                     if k not in maps:
                         maps[k] = np.lib.format.open_memmap(self.file(k), "w+", np.float16,
                                                             (count, *v.shape[1:]))
-                    maps[k][len(texts):len(texts) + len(films)] = v.cpu().numpy()
-                texts += [[f["report"], f["caption"]] for f in films]
-                bar.update(len(films))
+                    maps[k][len(texts):len(texts) + len(samples)] = v.cpu().numpy()
+                texts += [[f["report"], f["caption"]] for f in samples]
+                bar.update(len(samples))
         bar.close()
         for written in maps.values():
             written.flush()
@@ -346,9 +346,9 @@ class Contexts:
         n = tokens * c.layers * c.kv_heads * c.head_dim * 4
         return n if n < 2**30 else 0
 
-    def of(self, films: Tensor, cut: Tensor, device) -> Context:
-        """The Context of the captions of `films` (b,), or of excerpts where `cut` (b,) is True."""
-        rows = (2 * films + cut).tolist()
+    def of(self, images: Tensor, cut: Tensor, device) -> Context:
+        """The Context of the captions of `images` (b,), or of excerpts where `cut` (b,) is True."""
+        rows = (2 * images + cut).tolist()
         own = [self.kv[self.begin[i]:self.begin[i + 1]] for i in rows]
         length = torch.tensor([len(part) for part in own], device=device)
         kv = nn.utils.rnn.pad_sequence(own, True).to(device).float().permute(2, 3, 0, 4, 1, 5)
@@ -369,10 +369,10 @@ class Trainer:
                              repa=alignment(options)[1] or stage.repa)
         self.vae = model if stage.trains == "vae" else model.vae
         if stage.trains == "understanding":
-            self.film_tokens = (model.config.vit_image // model.config.vit_patch) ** 2
+            self.image_tokens = (model.config.vit_image // model.config.vit_patch) ** 2
         else:
             side = stage.pixels // self.vae.factor
-            self.film_tokens = side ** 2 if model is self.vae else math.prod(model.grid(side, side))
+            self.image_tokens = side ** 2 if model is self.vae else math.prod(model.grid(side, side))
         self.projector, self.both, self.contexts = None, options.train == "both", None
         self.learns = self.choose()
         self.average = None
@@ -449,7 +449,7 @@ class Trainer:
         return draw
 
     def terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
-        """Summed loss terms of some films."""
+        """Summed loss terms of some images."""
         if self.stage.trains == "vae":
             return self.vae_terms(batch, draw)
         if not self.both:
@@ -467,10 +467,10 @@ class Trainer:
         mean, logvar = self.vae.moments(pixels).chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
         z = draw["z"][..., :mean.shape[2], :mean.shape[3]].to(self.device)
-        film = self.vae.decoder(self.vae.post_quant_conv(
+        image = self.vae.decoder(self.vae.post_quant_conv(
             mean + z * (0.5 * logvar).exp()))
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-        return {"mse": (film - pixels).square().flatten(1).mean(1).sum(),
+        return {"mse": (image - pixels).square().flatten(1).mean(1).sum(),
                 "kl": kl.flatten(1).mean(1).sum()}
 
     def report_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
@@ -481,7 +481,7 @@ class Trainer:
         return {"text": total}
 
     def flow_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
-        """Eq. 2 and the alignment of stage 2, summed over films."""
+        """Eq. 2 and the alignment of stage 2, summed over images."""
         model, device = self.model, self.device
         x0 = self.vae.latents(batch["moments"].to(device), draw["z"].to(device))
         frozen, tap = not self.both, round(model.config.layers * 8 / 24) if self.projector else 0
@@ -508,15 +508,15 @@ class Trainer:
         if self.stage.trains == "understanding" or self.both:
             tokens = sum(len(self.model.ids(r)) + 1 for r, reads in zip(batch["report"],
                                                                         draw["reads"]) if reads)
-        films = int((~draw["reads"]).sum()) if self.both else len(draw["reads"])
-        tokens, films = self.procs.total(torch.tensor([tokens, films], device=self.device)).tolist()
+        images = int((~draw["reads"]).sum()) if self.both else len(draw["reads"])
+        tokens, images = self.procs.total(torch.tensor([tokens, images], device=self.device)).tolist()
         self.tokens = tokens
         if self.stage.trains == "vae":
-            self.tokens += films * batch["image"][0].numel() // self.vae.factor ** 2
+            self.tokens += images * batch["image"][0].numel() // self.vae.factor ** 2
         elif self.stage.trains == "generation":
-            self.tokens += films * self.film_tokens
-        return {"text": 1 / max(tokens, 1), "flow": 1 / max(films, 1), "mse": 1 / films,
-                "repa": self.stage.repa / max(films, 1), "kl": 1e-5 / films}
+            self.tokens += images * self.image_tokens
+        return {"text": 1 / max(tokens, 1), "flow": 1 / max(images, 1), "mse": 1 / images,
+                "repa": self.stage.repa / max(images, 1), "kl": 1e-5 / images}
 
     def one_step(self, batch: dict) -> dict[str, float]:
         """Forward and backward in parts, on a CPU side by side in lanes, then clip, update.
@@ -527,10 +527,10 @@ class Trainer:
                      b * (self.procs.rank + 1) // self.procs.world)
         draw = {name: v[mine] for name, v in self.draws(k).items()}
         self.by_time, weights, logged = [], self.weights(batch, draw), {}
-        texts = [""] * len(draw["keep"])                # a film is work, and so is its text
+        texts = [""] * len(draw["keep"])                # an image is work, and so is its text
         if self.stage.trains != "vae":
             texts = batch["report" if self.stage.trains == "understanding" else "caption"]
-        rows = even_parts(texts, 12 * self.film_tokens, self.options.accumulate * self.lanes)
+        rows = even_parts(texts, 12 * self.image_tokens, self.options.accumulate * self.lanes)
         for terms, grads in self.map(partial(self.part, batch, draw, weights), rows):
             for name, v in terms.items():
                 logged[name] = logged.get(name, 0) + v * weights[name]
@@ -560,7 +560,7 @@ class Trainer:
         return dict(zip(names, values)) | {"grad": float(norm), "tokens": self.tokens}
 
     def part(self, batch: dict, draw: dict, weights: dict, rows: Tensor) -> tuple[dict, tuple]:
-        """Loss terms of some films of a batch, and the gradients of what learns (None: unused)."""
+        """Loss terms of some images of a batch, and the gradients of what learns (None: unused)."""
         with self.cast():
             terms = self.terms(pick_rows(batch, rows), pick_rows(draw, rows))
             loss = sum(v * weights[name] for name, v in terms.items())
@@ -622,9 +622,9 @@ class Trainer:
     @torch.no_grad()
     def measure_latents(self):
         """Sets scale and shift of the latents so that they have mean 0 and variance 1."""
-        films = self.data[0].__getitems__(range(min(128, len(self.data[0]))))
-        films = [f["image"] for f in films if f["image"] is not None]
-        mean, logvar = self.vae.moments(vae_pixels(torch.from_numpy(np.stack(films)).to(
+        images = self.data[0].__getitems__(range(min(128, len(self.data[0]))))
+        images = [f["image"] for f in images if f["image"] is not None]
+        mean, logvar = self.vae.moments(vae_pixels(torch.from_numpy(np.stack(images)).to(
             self.device))).chunk(2, dim=1)
         self.vae.shift = float(mean.mean())
         self.vae.scale = float((mean.var() + logvar.clamp(-30, 20).exp().mean()).rsqrt())
@@ -658,8 +658,8 @@ class Trainer:
     # ------------------------------------------------------------ the loop
 
     def stream(self):
-        """Batches from this step on. Stage 0 sees films at its resolution fifteen times, then
-        once films twice as large."""
+        """Batches from this step on. Stage 0 sees images at its resolution fifteen times, then
+        once images twice as large."""
         def start(data, step):
             return batches(data, self.stage.batch, self.options.seed, step, self.options.workers,
                            self.procs.rank, self.procs.world)
@@ -710,29 +710,29 @@ class Trainer:
         """Writes a PNG that shows what the stage has learned so far."""
         name = self.out / f"stage{self.options.stage}-{self.step:06d}.png"
         if self.stage.trains == "generation":
-            return self.draw_films(name)
+            return self.draw_images(name)
         size = self.stage.pixels if self.stage.trains == "vae" else self.model.config.vit_image
         held_out = open_data(self.options.data, "val", size)
-        films = [held_out[i] for i in range(min(8, len(held_out)))]
-        images = torch.from_numpy(np.stack([f["image"] for f in films])).to(self.device)
+        samples = [held_out[i] for i in range(min(8, len(held_out)))]
+        images = torch.from_numpy(np.stack([f["image"] for f in samples])).to(self.device)
         if self.stage.trains == "vae":
             back = to_uint8(self.vae.decoder(self.vae.post_quant_conv(
                 self.vae.moments(vae_pixels(images)).chunk(2, dim=1)[0])))[:, 0]
             pairs = [x for pair in zip(images.cpu().numpy(), back.cpu().numpy()) for x in pair]
-            return sheet(pairs, ["original", "reconstruction"] * len(films), 4, name)
+            return sheet(pairs, ["original", "reconstruction"] * len(samples), 4, name)
         written = self.model.report(vit_pixels(images), max_new=120)
-        sheet([f["image"] for f in films], [f"WRITTEN {w}\nTRUE {f['report']}" for w, f in
-                                            zip(written, films)], 4, name)
+        sheet([f["image"] for f in samples], [f"WRITTEN {w}\nTRUE {f['report']}" for w, f in
+                                            zip(written, samples)], 4, name)
 
-    def draw_films(self, name: Path):
-        """A film a prompt of Figure 4, and one film on its way from noise, left to right."""
+    def draw_images(self, name: Path):
+        """An image a prompt of Figure 4, and one image on its way from noise, left to right."""
         model, size = self.model, self.stage.pixels
-        films = list(model.generate(list(PROMPTS), size, points=25)[:, 0].cpu().numpy())
+        images = list(model.generate(list(PROMPTS), size, points=25)[:, 0].cpu().numpy())
         side, scale = size // self.vae.factor, model.config.guidance
         steps = list(model.draw([model.ids(PROMPTS[4])], side, side, [4], points=25, scale=scale))
         strip = [to_uint8(self.vae.decode(x))[0, 0].cpu().numpy() for x in steps[2::3]]
         times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
-        sheet(films + strip, [*PROMPTS, *times], 8, name)
+        sheet(images + strip, [*PROMPTS, *times], 8, name)
 
 
 def pick_rows(batch: dict, rows: Tensor) -> dict:
@@ -751,10 +751,10 @@ def ahead(source: Iterator):
         yield item
 
 
-def even_parts(texts: list[str], film: int, n: int) -> list[Tensor]:
-    """Places of a batch's films in at most n parts of like work. They are sorted by the length of
-    their texts, since a part is padded to its longest; a film itself counts as `film` letters."""
-    work = torch.tensor([float(film + len(text)) for text in texts])
+def even_parts(texts: list[str], image: int, n: int) -> list[Tensor]:
+    """Places of a batch's images in at most n parts of like work. They are sorted by the length of
+    their texts, since a part is padded to its longest; an image itself counts as `image` letters."""
+    work = torch.tensor([float(image + len(text)) for text in texts])
     order = work.argsort(descending=True, stable=True)
     middle = work[order].cumsum(0) - work[order] / 2
     part = (middle * n / work.sum()).long()
@@ -771,7 +771,7 @@ def excerpt(caption: str) -> str:
 
 def align(states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
     """REPA: negative cosine between projected states (b, n, d) and a teacher's features (b, m, d)
-    of the clean film, both on their grids; the teacher's is resized in 2-D. Summed over films."""
+    of the clean image, both on their grids; the teacher's is resized in 2-D. Summed over images."""
     side = math.isqrt(features.shape[1])
     features = features.transpose(1, 2).unflatten(2, (side, side))
     if features.shape[2:] != grid:
@@ -865,19 +865,19 @@ def plan(options: Options, stage: Stage):
     tokens = {"understanding": image + 150, "generation": drawn}.get(stage.trains, 0)
     kept = config.width if options.checkpointing else 14 * config.width + 3 * config.mlp
     total = sum(count.values())
-    films = stage.batch / options.accumulate / world
+    images = stage.batch / options.accumulate / world
     memory = {"weights": 4 * total, "gradients": 4 * learns, "optimizer": 8 * learns,
               "average": 4 * learns if stage.ema else 0,
-              "activations": 4 * kept * config.layers * tokens * films}
+              "activations": 4 * kept * config.layers * tokens * images}
     print(f"  memory of each of {world} device(s): "
           + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in memory.items())
           + f"; in all {sum(memory.values()) / 2**30:.2f} GiB")
     if options.train == "own" and not options.no_context:
-        captions = Contexts.size(config, 55 * stage.films)
+        captions = Contexts.size(config, 55 * stage.images)
         print(f"  captions that have been read, kept on the CPU: {captions / 2**30:.2f} GiB")
-    films = stage.steps * stage.batch
-    print(f"  {stage.steps} steps of {stage.batch} films = {films:,} films"
-          + (f" = {films / stage.films:.1f} epochs" if stage.films else ""))
+    images = stage.steps * stage.batch
+    print(f"  {stage.steps} steps of {stage.batch} images = {images:,} images"
+          + (f" = {images / stage.images:.1f} epochs" if stage.images else ""))
 
 
 def new_model(options: Options, out: Path, data) -> UniX:
@@ -970,7 +970,7 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
             teacher = load_rad_dino(alignment(o)[1]).to(procs.device)
         images = open_data(o.data, "train", model.config.vit_image) if o.train == "both" else None
         with procs.first():
-            count = min(len(data), stage.films or len(data))
+            count = min(len(data), stage.images or len(data))
             data = Latents(data, count, model, teacher, out, images,
                            begun and o.train == "both")
         model.config.resolution = stage.pixels

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from ar import Connector, LanguageModel, RadDino, Tokenizer, ViT, decode, pick, report_loss
 from data import UserError, atomic
 from diffusion import (VAE, TimeEmbedder, path, position_ids, position_table, sample, to_latents,
-                       to_tokens, to_uint8, velocity_loss, velocity_to)
+                       to_tokens, to_uint8, velocity_loss, velocity_from_x0)
 
 SPECIAL = ("<|begin|>", "<|end|>", "<|begin_of_image|>", "<|end_of_image|>")
 INSTRUCTIONS = (
-    "Review this X-ray and provide detailed FINDINGS.", "Write the report of this film.",
+    "Review this X-ray and provide detailed FINDINGS.", "Write the report of this image.",
     "Describe this chest X-ray.", "What does this radiograph show?")
 
 
@@ -52,8 +52,8 @@ class Config:
     eos: int = 100001
     boi: int = 100003
     eoi: int = 100580
-    no_context: bool = False    # films are drawn without text (ours)
-    predict_film: bool = False  # the generation tower tells the film, from which v follows (ours)
+    no_context: bool = False    # images are drawn without text (ours)
+    predict_x0: bool = False  # the generation tower predicts x0, from which v follows (ours)
     resolution: int = 512       # pixels a side of generated images
     guidance: float = 2.0       # scale of classifier-free guidance
     guided: tuple = (0.4, 1.0)  # times at which it is on
@@ -67,7 +67,7 @@ PRESETS = {
         vit_image=96, vit_patch=16, vit_width=128, vit_mlp=512, vit_heads=4, vit_layers=4,
         vocab=1024, layers=3, width=128, heads=4, kv_heads=4, head_dim=32, mlp=352,
         max_tokens=256, latent_side=64, latent_patch=2, interpolate_pos=True,
-        bos=0, eos=1, boi=2, eoi=3, resolution=128, guidance=3.0, eta=1.0, predict_film=True,
+        bos=0, eos=1, boi=2, eoi=3, resolution=128, guidance=3.0, eta=1.0, predict_x0=True,
         vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [],
              "scale": 1.0, "shift": 0.0, "groups": 8}),
 }
@@ -92,7 +92,7 @@ class UniX(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        nn.init.zeros_(self.llm2vae.weight)         # so that the first film or velocity is 0
+        nn.init.zeros_(self.llm2vae.weight)         # so that the first image or velocity is 0
         self.tokenizer, self.vae = tokenizer, vae
 
     @property
@@ -167,7 +167,7 @@ class UniX(nn.Module):
 
     # ---- understanding
     def report_loss(self, pixels: Tensor, prompts: list, reports: list) -> tuple[Tensor, Tensor]:
-        """Eq. 1 for films (b, 3, H, W) and token lists -> summed loss, number of report tokens."""
+        """Eq. 1 for images (b, 3, H, W) and token lists -> summed loss, number of report tokens."""
         tokens, length = self.pad([self.wrap(p) + self.wrap(r) for p, r in zip(prompts, reports)])
         labels = torch.full_like(tokens, -100)
         for line, p, r in zip(labels, prompts, reports):      # BOS and report predict report, EOS
@@ -199,7 +199,7 @@ class UniX(nn.Module):
             marks = self.marks(len(x))
         out, tapped = self.lm.tower.draw(marks, tokens, context, frozen, tap, keep)
         out = self.llm2vae(out)
-        return velocity_to(out, x, t) if self.config.predict_film else out, tapped
+        return velocity_from_x0(out, x, t) if self.config.predict_x0 else out, tapped
 
     def flow_loss(self, latents: Tensor, context, t: Tensor, eps: Tensor, frozen=True, tap=0):
         """Eq. 2 a sample (b,) for clean latents and noise (b, c, h, w), and the tapped states."""
@@ -244,7 +244,7 @@ class UniX(nn.Module):
         return position_ids(h, w, side, spread).to(self.device)
 
     def side(self, size: int | None) -> int:
-        """Latent rows of a film of `size` pixels a side (None: as trained). Raises UserError."""
+        """Latent rows of an image of `size` pixels a side (None: as trained). Raises UserError."""
         if self.vae is None:
             raise UserError("the weights folder has no autoencoder: run train.py --stage 0, or "
                             "put one there as vae/vae.ckpt")
@@ -258,7 +258,7 @@ class UniX(nn.Module):
     @torch.no_grad()
     def generate(self, captions: list[str], size: int | None = None, seeds=None,
                  scale: float | None = None, eta: float | None = None, **how) -> Tensor:
-        """Draws a film a caption -> uint8 (b, 3, size, size), each from the noise of its own seed.
+        """Draws an image a caption -> uint8 (b, 3, size, size), each from the noise of its own seed.
         Raises UserError. `scale` of guidance, `eta`: as trained when None. `how`: points, shift."""
         side, ids = self.side(size), [self.ids(c) for c in captions]
         scale = self.config.guidance if scale is None else scale
@@ -345,7 +345,7 @@ def config_json(model: UniX) -> dict:
         "inference_config": {"generation": {"cfg_text_scale": c.guidance, "num_timesteps": 50,
                                             "cfg_interval": c.guided, "do_sample": False}},
         "ours": {k: getattr(c, k) for k in ("share_layers", "no_context", "resolution", "eta",
-                                            "predict_film")}}
+                                            "predict_x0")}}
     if model.vae is not None:
         about["vae_path"] = "vae/model.safetensors"
         about["vae_config"] = {"path": about["vae_path"], "downsample": model.vae.factor,

@@ -1,12 +1,12 @@
 """The paper's claims in miniature, by flags: a small Table 5, and rows the paper does not have.
 
     python tests/ablation.py                    the default: 3 seeds, two jobs of one thread
-    python tests/ablation.py --seeds 1 --steps 4 --reading-steps 4 --films 64 --samples 8   a try
+    python tests/ablation.py --seeds 1 --steps 4 --reading-steps 4 --images 64 --samples 8   a try
 
 One autoencoder (stage 0) for all; a seed's rows all start from the same reader (stage 1). Each row
-is a stage 2 at 64 px that draws the same 16 films a step, from the same noise, for the same number
-of steps; what a row reads comes on top. Films are judged alike in all rows: the seed's stage-1
-reader reads them back and gives the features of FD. `reports` is a row's own reader on true films.
+is a stage 2 at 64 px that draws the same 16 images a step, from the same noise, for the same number
+of steps; what a row reads comes on top. Images are judged alike in all rows: the seed's stage-1
+reader reads them back and gives the features of FD. `reports` is a row's own reader on true images.
 What is done is kept in --out and is not run again; a stopped command goes on when repeated.
 """
 
@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 
-ROWS = {        # name -> batch (16 films are drawn, the others read), flags, Table 5: F1 and FD
+ROWS = {        # name -> batch (16 images are drawn, the others read), flags, Table 5: F1 and FD
     "ours: reader frozen": (16, "", "53.2", "62.1"),
     "both 1:1": (32, "--train both --mix 1:1", "43.7", "65.7"),
     "both 1:2": (24, "--train both --mix 1:2", "42.9", "76.1"),
@@ -133,7 +133,7 @@ def judge(row: Path, reader: Path, data: Path) -> dict[str, float]:
     model = UniX.load(reader)
     with open(row / "evaluation" / "drawn.csv", newline="", encoding="utf-8") as f:
         asked = {line["index"]: line["Ground Truth"] for line in csv.DictReader(f)}
-    drawn = np.stack([read_image(row / "evaluation" / "films" / f"{i}.png") for i in asked])
+    drawn = np.stack([read_image(row / "evaluation" / "images" / f"{i}.png") for i in asked])
     held_out = open_data(str(data), "val", drawn.shape[1])
     real = np.stack([held_out[int(i)]["image"] for i in asked])
     written = []
@@ -166,7 +166,7 @@ def run_row(args, name: str, seed: int) -> dict[str, float]:
         return json.loads(file.read_text())["figures"]
     begin = time.monotonic()
     first = args.out / f"0-seed{seed}"
-    if (first / "figures.json").exists() and not out.exists():      # the same films, seen alike
+    if (first / "figures.json").exists() and not out.exists():      # the same images, seen alike
         out.mkdir()
         for cache in first.glob("latents-*"):
             shutil.copy(cache, out)
@@ -195,7 +195,7 @@ def main():
     for name, default, text in (
             ("seeds", 3, "of everything but the autoencoder"), ("steps", 400, "of a row"),
             ("reading-steps", 800, "of stage 1"), ("vae-steps", 700, "of stage 0"),
-            ("films", 2048, "that the rows learn from"), ("samples", 256, "films that are judged"),
+            ("images", 2048, "that the rows learn from"), ("samples", 256, "images that are judged"),
             ("points", 12, "of the sampler"), ("jobs", 2, "at a time, one thread each")):
         parser.add_argument("--" + name, type=int, default=default,
                             help=f"{text} (default: %(default)s)")
@@ -208,9 +208,9 @@ def main():
 
     from phantoms import write_phantoms     # puts the repository on the path
     torch.set_num_threads(1)
-    args.data = args.out / f"films{args.films}-{args.samples}"
+    args.data = args.out / f"images{args.images}-{args.samples}"
     if not (args.data / "metadata.csv").exists():
-        write_phantoms(args.data, args.films, args.samples)
+        write_phantoms(args.data, args.images, args.samples)
     todo = [(name, seed) for seed in range(args.seeds) for name in ROWS]
     with ThreadPoolExecutor(args.jobs) as pool:
         for _ in pool.map(lambda job: call(job[0], "train.py", *job[1:], "--out", job[0]),

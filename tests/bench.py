@@ -34,7 +34,7 @@ from torch import nn                                      # noqa: E402
 
 import train                                              # noqa: E402
 from ar import Tokenizer, decode                          # noqa: E402
-from data import open_data, save_film                 # noqa: E402
+from data import open_data, save_image                 # noqa: E402
 from diffusion import path, position_ids                  # noqa: E402
 from joint_attn import Linear, Tower, attend, rope        # noqa: E402
 from unix import PRESETS, Config, UniX                    # noqa: E402
@@ -357,8 +357,8 @@ def tokenizer(args):
         with open(args.reports, newline="") as f:
             texts = [" ".join(line.values()) for line in csv.DictReader(f)]
     else:
-        films = open_data("phantom", "train", 64)
-        texts = [films.text(i)[0] for i in range(3000)]
+        images = open_data("phantom", "train", 64)
+        texts = [images.text(i)[0] for i in range(3000)]
     (took,) = timed(lambda: Tokenizer.train(texts, 2256), n=1)
     tok, text = Tokenizer.train(texts, 2256), "\n".join(texts)
     yield row(f"tokenizer: 2,000 merges of {len(text) / 1e6:.1f} MB", took, "s", "10 s", took[0] / 10,
@@ -377,7 +377,7 @@ def tokenizer(args):
 
 
 def waiting(options, n: int) -> tuple[list[float], list[float]]:
-    """Seconds that each training step waited for its films, and that it took without."""
+    """Seconds that each training step waited for its images, and that it took without."""
     stage = train.STAGES["tiny"][options.stage]
     t = train.set_up(options, stage, train.Processes(), Path(options.out))
     stream, waits, works = t.stream(), [], []
@@ -392,23 +392,23 @@ def waiting(options, n: int) -> tuple[list[float], list[float]]:
 
 
 def data(args):
-    """The share of stage 1's time that is spent on waiting for films."""
+    """The share of stage 1's time that is spent on waiting for images."""
     n = 6 if args.quick else 30
     with tempfile.TemporaryDirectory() as folder:
-        films = Path(folder) / "films"
-        films.mkdir()
+        images = Path(folder) / "images"
+        images.mkdir()
         lines = ["image,report"]
         for i in range(64):             # as large as those of NIH ChestX-ray14
-            save_film(np.random.default_rng(i).integers(0, 255, (128, 128), np.uint8).repeat(8, 0)
-                      .repeat(8, 1), films / f"{i}.png")
+            save_image(np.random.default_rng(i).integers(0, 255, (128, 128), np.uint8).repeat(8, 0)
+                      .repeat(8, 1), images / f"{i}.png")
             lines.append(f"{i}.png,The lungs are clear.")
-        (films / "metadata.csv").write_text("\n".join(lines))
-        for source, workers in (("phantom", 0), ("phantom", 2), (films, 2))[:1 if args.quick else 3]:
+        (images / "metadata.csv").write_text("\n".join(lines))
+        for source, workers in (("phantom", 0), ("phantom", 2), (images, 2))[:1 if args.quick else 3]:
             out = Path(folder) / f"{Path(source).name}{workers}"
             waits, works = waiting(train.Options(stage=1, data=str(source), out=str(out),
                                                  workers=workers), n)
             share = sum(waits) / (sum(waits) + sum(works))
-            name = "phantoms" if source == "phantom" else "films of 1024 px"
+            name = "phantoms" if source == "phantom" else "images of 1024 px"
             yield row(f"data: {name}, {workers} workers", waits, "s", "a training step", share,
                       ("<=", 0.03))
 

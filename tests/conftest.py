@@ -37,5 +37,5 @@ def model() -> UniX:
 
 
 @pytest.fixture
-def films() -> torch.Tensor:
+def images() -> torch.Tensor:
     return torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))

@@ -60,7 +60,7 @@ def main():
         h, m, e = (hits[c, k] for k in ("hit", "missed", "extra"))
         print(f"{c:20}{f1(h, m, e):6.3f}{h:6}{m:8}{e:7}")
     micro = f1(*(sum(hits[c, k] for c in MESH) for k in ("hit", "missed", "extra")))
-    print(f"micro-F1 {micro:.3f}; normal films without a finding {normals[True]} of {normals.total()}")
+    print(f"micro-F1 {micro:.3f}; normal images without a finding {normals[True]} of {normals.total()}")
     print("commonest disagreements: " + ", ".join(f"{c} {kind} {n}" for (c, kind), n in wrong.most_common(10)))
     print(f"cleaning: labels agree before and after on {kept} of {total} reports ({kept / total:.1%})")
 

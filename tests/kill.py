@@ -153,7 +153,7 @@ def main():
     wrong, hit = [], Counter()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        data = write_phantoms(folder / "films", 320, 8)
+        data = write_phantoms(folder / "images", 320, 8)
         (folder / "whole").mkdir()
         for stage in range(4 if args.stage is None else args.stage + 1):
             flags = ["--data", str(data), "--steps", str(args.steps), "--batch-size", "4",

@@ -1,4 +1,4 @@
-"""A plain data folder of phantoms: PNG films and metadata.csv."""
+"""A plain data folder of phantoms: PNG images and metadata.csv."""
 
 import csv
 import sys
@@ -11,14 +11,14 @@ from data import phantom  # noqa: E402
 
 
 def write_phantoms(root: Path, train: int, val: int, size: int = 128) -> Path:
-    """Writes films that are not there yet; the table comes last, so a stopped call is repeated."""
+    """Writes images that are not there yet; the table comes last, so a stopped call is repeated."""
     root.mkdir(parents=True, exist_ok=True)
     rows = []
     for split, count in (("train", train), ("val", val)):
         for i in range(count):
-            film = phantom(split, i, size)
-            rows.append([f"{split}-{i}.png", film.report, split])
-            Image.fromarray(film.image).save(root / rows[-1][0])
+            image = phantom(split, i, size)
+            rows.append([f"{split}-{i}.png", image.report, split])
+            Image.fromarray(image.image).save(root / rows[-1][0])
     with open(root / "metadata.csv", "w", newline="") as f:
         csv.writer(f).writerows([["image", "report", "split"], *rows])
     return root

@@ -21,7 +21,7 @@ def test_verdicts_are_by_differences_within_a_seed():
     assert verdict([0.5], [0.1], True)[2] == "one seed cannot tell"
 
 
-def test_every_row_draws_16_films_a_step():
+def test_every_row_draws_16_images_a_step():
     for batch, flags, *_ in ROWS.values():
         mix = flags.split("--mix ")[1].split()[0] if "--mix" in flags else "0:1"
         reads, draws = map(int, mix.split(":"))

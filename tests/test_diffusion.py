@@ -138,9 +138,9 @@ def test_vae_shapes_units_and_sampling(vae):
     torch.testing.assert_close(vae.latents(moments), 0.7 * (mean - 0.1))
     eps = torch.randn_like(mean)
     torch.testing.assert_close(vae.latents(moments, eps), 0.7 * (mean + eps * (logvar / 2).exp() - 0.1))
-    films = vae.decode(vae.latents(moments))
-    assert films.shape == (2, 3, 16, 24)
-    torch.testing.assert_close(films, vae.decoder(vae.post_quant_conv(mean)))
+    images = vae.decode(vae.latents(moments))
+    assert images.shape == (2, 3, 16, 24)
+    torch.testing.assert_close(images, vae.decoder(vae.post_quant_conv(mean)))
 
 
 def test_to_uint8_truncates():

@@ -39,10 +39,10 @@ def weights(tmp_path_factory):
 
 
 @pytest.fixture
-def film(tmp_path):
+def image(tmp_path):
     noise = np.random.default_rng(0).integers(0, 255, (40, 30), np.uint8)
-    Image.fromarray(noise).save(tmp_path / "film.png")
-    return str(tmp_path / "film.png")
+    Image.fromarray(noise).save(tmp_path / "image.png")
+    return str(tmp_path / "image.png")
 
 
 def call(weights, *words):
@@ -67,26 +67,26 @@ def test_wrong_options_are_one_line(line, said, capsys):
     assert e.value.code == 2 and told.count("\n") == 1 and said in told
 
 
-def test_images_that_are_none(weights, film, tmp_path):
-    whole = open(film, "rb").read()
+def test_images_that_are_none(weights, image, tmp_path):
+    whole = open(image, "rb").read()
     for name, content in (("empty", b""), ("cut", whole[:200]), ("text", b"not an image")):
         (tmp_path / f"{name}.png").write_bytes(content)
         with pytest.raises(UserError, match=f"{name}.png"):
-            call(weights, "report", film, tmp_path / f"{name}.png")
+            call(weights, "report", image, tmp_path / f"{name}.png")
     with pytest.raises(UserError, match="missing.png"):
         call(weights, "report", tmp_path / "missing.png")
 
 
-def test_prompts_and_texts_that_do_not_fit(weights, film, tmp_path):
+def test_prompts_and_texts_that_do_not_fit(weights, image, tmp_path):
     for text, said in (("", "empty"), (" \n", "empty"), ("effusion " * 300, "shorten")):
         with pytest.raises(UserError, match=said):
-            call(weights, "report", film, "--prompt", text)
+            call(weights, "report", image, "--prompt", text)
         with pytest.raises(UserError, match=said):
             call(weights, "generate", "fine", text, "--out", tmp_path / "a.png")
     assert not (tmp_path / "a.png").exists()
 
 
-def test_sizes_folders_and_devices(weights, film, tmp_path):
+def test_sizes_folders_and_devices(weights, image, tmp_path):
     (tmp_path / "file").write_text("")
     for words, said in (
             (("generate", "fine", "--size", 7), "multiple of 8 up to 64"),
@@ -97,12 +97,12 @@ def test_sizes_folders_and_devices(weights, film, tmp_path):
             (("evaluate", "--features", tmp_path), "model.safetensors"),
             (("evaluate", "--features", weights), "no DINOv2"),
             (("evaluate", "--data", tmp_path / "nowhere", "--out", tmp_path / "e"), "nowhere"),
-            (("report", film, "--device", "abacus"), "abacus")):
+            (("report", image, "--device", "abacus"), "abacus")):
         args = sample.parse([str(w) for w in words] + ["--weights", str(weights)])
         code, told = sample.run(args)
         assert code == 2 and said in told and "\n" not in told
     with pytest.raises(UserError, match="config.json"):
-        call(tmp_path / "nowhere", "report", film)
+        call(tmp_path / "nowhere", "report", image)
 
 
 def run(*words, **more):
@@ -111,8 +111,8 @@ def run(*words, **more):
 
 
 @pytest.mark.parametrize("line, said", [
-    ("report film.png --weights nowhere", "nowhere"), ("evaluate --samples 0", "--samples"),
-    ("report film.png", "train.py --stage 1")])
+    ("report image.png --weights nowhere", "nowhere"), ("evaluate --samples 0", "--samples"),
+    ("report image.png", "train.py --stage 1")])
 def test_the_program_ends_with_2_and_one_line(tmp_path, line, said):
     done = run(*line.split(), cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
@@ -131,11 +131,11 @@ def test_control_c_is_one_line(weights, tmp_path):
     assert told.splitlines()[-1].startswith("sample.py: stopped")
 
 
-def test_report_and_generate(weights, film, tmp_path, capsys):
-    call(weights, "report", film, "--max-tokens", 5)
+def test_report_and_generate(weights, image, tmp_path, capsys):
+    call(weights, "report", image, "--max-tokens", 5)
     once = capsys.readouterr().out
-    call(weights, "report", film, film, "--max-tokens", 5)
-    assert capsys.readouterr().out == f"{film}: {once}" * 2
+    call(weights, "report", image, image, "--max-tokens", 5)
+    assert capsys.readouterr().out == f"{image}: {once}" * 2
     call(weights, "generate", "fine", "--out", tmp_path / "a.png", "--points", 3)
     assert Image.open(tmp_path / "a.png").size == (48, 48)
     call(weights, "generate", "fine", "--count", 2, "--out", tmp_path / "b.png", "--points", 3)
@@ -149,7 +149,7 @@ def test_evaluate_scores_everything_and_goes_on(weights, tmp_path, monkeypatch):
     assert metrics.pop("samples") == 6
     assert list(metrics) == [
         "understanding", "autoencoder", "generation, features: our image encoder, mean of patches",
-        "round trip: generated films read back", "severity of the heart"]
+        "round trip: generated images read back", "severity of the heart"]
     for name, table in metrics.items():
         assert table, name
         for figure, (value, low, high) in table.items():
@@ -161,7 +161,7 @@ def test_evaluate_scores_everything_and_goes_on(weights, tmp_path, monkeypatch):
         rows = list(csv.DictReader(f))
     assert [r["index"] for r in rows] == list("012345")
     assert [r["Ground Truth"] for r in rows] == [phantom_scene("val", i)[2] for i in range(6)]
-    assert (out / "films.png").exists() and len(list((out / "films").iterdir())) == 6 + 60
+    assert (out / "images.png").exists() and len(list((out / "images").iterdir())) == 6 + 60
 
     def never(*_, **__):
         raise AssertionError("computed again")
@@ -176,6 +176,6 @@ def test_evaluate_scores_everything_and_goes_on(weights, tmp_path, monkeypatch):
         call(weights, "evaluate", "--out", out, *how)
     assert table.read_bytes() == kept
     assert json.loads((out / "metrics.json").read_text()) == {"samples": 6, **metrics}
-    (out / "films" / "3.png").unlink()
-    call(weights, "evaluate", "--out", out, *how, "--seed", 1)      # other films
-    assert (out / "films" / "3.png").exists()
+    (out / "images" / "3.png").unlink()
+    call(weights, "evaluate", "--out", out, *how, "--seed", 1)      # other images
+    assert (out / "images" / "3.png").exists()

@@ -28,7 +28,7 @@ from unix import UniX, load_vae, read_safetensors
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A plain data folder of 24 small phantoms."""
-    return write_phantoms(tmp_path_factory.mktemp("films"), 16, 8)
+    return write_phantoms(tmp_path_factory.mktemp("images"), 16, 8)
 
 
 def options(folder, out, stage, **more) -> Options:
@@ -82,9 +82,9 @@ def test_a_finished_stage_says_so(trained, folder, capsys):
 
 def test_latents_of_the_autoencoder_have_unit_variance(trained, folder):
     vae = load_vae(trained[0] / "vae" / "model.safetensors")
-    films = torch.from_numpy(np.stack([phantom("train", i, 64).image for i in range(16)]))
+    images = torch.from_numpy(np.stack([phantom("train", i, 64).image for i in range(16)]))
     with torch.no_grad():
-        moments = vae.moments(train.vae_pixels(films))
+        moments = vae.moments(train.vae_pixels(images))
         z = vae.latents(moments, torch.randn(16, 16, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert abs(z.mean()) < 0.2 and abs(z.std() - 1) < 0.2
 
@@ -251,7 +251,7 @@ def test_the_cache_of_latents_is_made_again_when_something_changed(trained, fold
 
 def test_latents_of_a_folder_whose_images_are_broken_are_refused(trained, tmp_path):
     """As batches are: in one line, whatever thread meets them."""
-    root = write_phantoms(tmp_path / "films", 30, 4)
+    root = write_phantoms(tmp_path / "images", 30, 4)
     data = train.open_data(str(root), "train", 64)
     for item in data.items[4:]:
         (root / item.path).write_text("broken")
@@ -393,7 +393,7 @@ def test_two_processes_equal_one(trained, folder, tmp_path):
 
 
 def test_both_branches_learn_with_train_both(trained, folder, tmp_path):
-    """Table 5: nothing is frozen, reports and films share a batch."""
+    """Table 5: nothing is frozen, reports and images share a batch."""
     shutil.copytree(trained[0], tmp_path / "run")
     (tmp_path / "run" / "stage2.pt").unlink()
     before = read_safetensors(tmp_path / "run" / "model.safetensors")
@@ -434,7 +434,7 @@ def test_shared_layers_are_one_expert_through_both_stages(trained, folder, tmp_p
         assert sum("gen." in k for k in model.branch("generation")) == 14 * (3 - shared) + (shared < 3)
 
 
-def test_without_context_films_do_not_depend_on_captions(trained, folder, tmp_path):
+def test_without_context_images_do_not_depend_on_captions(trained, folder, tmp_path):
     losses = {}
     for cut in (True, False):
         out = tmp_path / str(cut)
@@ -442,8 +442,8 @@ def test_without_context_films_do_not_depend_on_captions(trained, folder, tmp_pa
         batch, draw = next(trainer.stream()), trainer.draws(0)
         other = batch | {"caption": ["Large left pneumothorax."] * len(batch["caption"])}
         losses[cut] = [trainer.terms(b, draw)["flow"].item() for b in (batch, other)]
-        films = UniX.load(out).generate(["Normal.", "Large left pneumothorax."], 64, [3, 3], points=3)
-        assert torch.equal(*films) == cut
+        images = UniX.load(out).generate(["Normal.", "Large left pneumothorax."], 64, [3, 3], points=3)
+        assert torch.equal(*images) == cut
     assert losses[True][0] == losses[True][1] and losses[False][0] != losses[False][1]
 
 
@@ -543,7 +543,7 @@ def test_contexts_in_memory_are_those_that_are_read(trained, folder, tmp_path):
 
 
 def test_parts_of_a_batch_are_all_of_it_and_even():
-    """A part's texts are of like length; many films with short ones are as much as few with long."""
+    """A part's texts are of like length; many images with short ones are as much as few with long."""
     texts = ["x" * n for n in (900, 10, 600, 20, 300, 10, 200, 10)]
     for n in (1, 2, 3, 8):
         parts = train.even_parts(texts, 100, n)

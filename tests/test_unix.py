@@ -1,4 +1,4 @@
-"""The whole model: losses, report and film by their invariances; weights folders."""
+"""The whole model: losses, report and image by their invariances; weights folders."""
 
 import json
 import math
@@ -19,8 +19,8 @@ def greedy(model, tokens, image, max_new=8, eos=-1):
 
 
 @torch.no_grad()
-def test_cached_decoding_equals_reading_everything_again(model, films):
-    image, tokens = model.see(films[:1]), [90, 4, 5, 91, 90]
+def test_cached_decoding_equals_reading_everything_again(model, images):
+    image, tokens = model.see(images[:1]), [90, 4, 5, 91, 90]
     logits = [l for _, l in decode(model.lm, *model.pad([tokens]), image, -1, 8)]
     written = greedy(model, [tokens], image)[0].tolist()
     hidden, _ = model.lm.read(*model.pad([tokens + written[:-1]]), image)
@@ -28,8 +28,8 @@ def test_cached_decoding_equals_reading_everything_again(model, films):
 
 
 @torch.no_grad()
-def test_a_batch_with_different_prompts_and_stops_equals_its_samples(model, films):
-    image = model.see(films)
+def test_a_batch_with_different_prompts_and_stops_equals_its_samples(model, images):
+    image = model.see(images)
     prompts = [[90, 1, 91, 90], [90, 2, 3, 4, 5, 91, 90], [90, 91, 90]]
     alone = [greedy(model, [p], image[i:i + 1])[0].tolist() for i, p in enumerate(prompts)]
     assert greedy(model, prompts, image).tolist() == alone
@@ -41,19 +41,19 @@ def test_a_batch_with_different_prompts_and_stops_equals_its_samples(model, film
 
 
 @torch.no_grad()
-def test_decoding_ends_when_all_have_ended(model, films):
-    first = greedy(model, [[90, 1, 91, 90]], model.see(films[:1]))[0, 0].item()
-    assert greedy(model, [[90, 1, 91, 90]], model.see(films[:1]), eos=first).shape == (1, 1)
+def test_decoding_ends_when_all_have_ended(model, images):
+    first = greedy(model, [[90, 1, 91, 90]], model.see(images[:1]))[0, 0].item()
+    assert greedy(model, [[90, 1, 91, 90]], model.see(images[:1]), eos=first).shape == (1, 1)
 
 
-def test_report_loss_is_the_cross_entropy_of_the_report_alone(model, films):
+def test_report_loss_is_the_cross_entropy_of_the_report_alone(model, images):
     """By hand, one sample at a time without padding; prompt and image carry no loss."""
     prompts, reports = [[1, 2], [3], [4, 5, 6]], [[7, 8, 9, 10], [11], []]
-    total, count = model.report_loss(films, prompts, reports)
+    total, count = model.report_loss(images, prompts, reports)
     by_hand = 0.0
     for i, (p, r) in enumerate(zip(prompts, reports)):
         row, length = model.pad([model.wrap(p) + model.wrap(r)])
-        logits = model.lm.lm_head(model.lm.read(row, length, model.see(films[i:i + 1]))[0][0])
+        logits = model.lm.lm_head(model.lm.read(row, length, model.see(images[i:i + 1]))[0][0])
         for j, label in enumerate(r + [91]):
             by_hand -= logits[len(p) + 2 + j].log_softmax(-1)[label]
     assert count == 5 + 2 + 1
@@ -102,7 +102,7 @@ class Letters:
 
 
 @torch.no_grad()
-def test_generated_films_do_not_depend_on_the_batch(model):
+def test_generated_images_do_not_depend_on_the_batch(model):
     with_vae(model).tokenizer = Letters()
     both = model.generate(["large effusion", "clear"], 32, seeds=[5, 6], points=4)
     assert both.shape == (2, 3, 32, 32) and both.dtype == torch.uint8
@@ -256,7 +256,7 @@ def janus_names(model: UniX) -> dict:
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded"])
-def test_a_janus_folder_is_a_starting_point(model, films, tmp_path, kind):
+def test_a_janus_folder_is_a_starting_point(model, images, tmp_path, kind):
     """Understanding as given (norms 1, biases 0), the generation tower a copy of it."""
     tensors = janus_names(model)
     (tmp_path / "config.json").write_text(json.dumps({
@@ -280,7 +280,7 @@ def test_a_janus_folder_is_a_starting_point(model, films, tmp_path, kind):
     assert layer.gen is not layer.und and (layer.und.q_norm.weight == 1).all()
     assert not layer.und.k_proj.bias.any() and not loaded.llm2vae.weight.any()
     assert loaded.config.kv_heads == 2 and loaded.config.head_dim == 10
-    total, count = loaded.report_loss(films, [[1]] * 3, [[2, 3]] * 3)
+    total, count = loaded.report_loss(images, [[1]] * 3, [[2, 3]] * 3)
     assert math.isfinite(total) and count == 9
 
 
@@ -307,7 +307,7 @@ def test_a_saved_model_finds_the_same_places(tmp_path):
 
 def test_a_token_of_four_latents(tmp_path):
     """The loss is the mean over the same numbers, a step of the sampler is Euler's on tokens and
-    their places, a film of its own seed does not depend on the batch, saving keeps the size of a token, and a film that tokens do not divide is refused."""
+    their places, an image of its own seed does not depend on the batch, saving keeps the size of a token, and an image that tokens do not divide is refused."""
     torch.manual_seed(0)
     model = with_vae(UniX(small_config(latent_patch=2)).eval())
     assert model.vae2llm.in_features == 4 * model.config.latent_channels
@@ -348,19 +348,19 @@ def test_latents_of_another_autoencoder():
         torch.testing.assert_close(loss[0], latents.square().mean())
 
 
-def test_a_tower_that_tells_the_film(tmp_path):
-    """If what it tells is the film, the velocity is Eq. 2's target up to t = 0.5 from noise, and
-    half that at t = 0.25; one step of the sampler from noise is the film; saving keeps it."""
+def test_a_tower_that_tells_the_image(tmp_path):
+    """If what it tells is the image, the velocity is Eq. 2's target up to t = 0.5 from noise, and
+    half that at t = 0.25; one step of the sampler from noise is the image; saving keeps it."""
     torch.manual_seed(0)
-    model = UniX(small_config(predict_film=True))
-    eps, film = torch.randn(4, 4, 16), torch.randn(16)
+    model = UniX(small_config(predict_x0=True))
+    eps, image = torch.randn(4, 4, 16), torch.randn(16)
     with torch.no_grad():
-        model.llm2vae.bias.copy_(film)          # its weights are 0: every token tells this film
+        model.llm2vae.bias.copy_(image)          # its weights are 0: every token tells this image
         t, places = torch.tensor([1.0, 0.8, 0.5, 0.25]), model.places(2, 2)
-        v, _ = model.velocity(path(film.expand_as(eps), eps, t), t, None, places)
-    want = (eps - film) * torch.tensor([1, 1, 1, 0.5])[:, None, None]
+        v, _ = model.velocity(path(image.expand_as(eps), eps, t), t, None, places)
+    want = (eps - image) * torch.tensor([1, 1, 1, 0.5])[:, None, None]
     torch.testing.assert_close(v, want, atol=1e-5, rtol=1e-5)
     drawn, = model.draw([[1]], 2, 2, [0], points=2, scale=1.0, eta=0.0)
-    torch.testing.assert_close(to_tokens(drawn, 1)[0], film.expand(4, 16), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(to_tokens(drawn, 1)[0], image.expand(4, 16), atol=1e-5, rtol=1e-5)
     model.save(tmp_path)
-    assert UniX.load(tmp_path).config.predict_film
+    assert UniX.load(tmp_path).config.predict_x0
