@@ -1,10 +1,14 @@
 """The procedural films: deterministic, labelled as drawn, on the right side, and truly reported."""
 
+import hashlib
+import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from data import (CHOICES, CLASSES, HEART, NIH, Finding, draw, heart_ratio, heart_width,
                   label_report, locate, phantom, phantom_scene, sample_findings, sample_scene,
@@ -175,3 +179,36 @@ def test_reports_are_read_as_drawn():
                 assert places[f.name] == {"sides": sides, "severity": f.severity}, report
             elif f.name == "Lung Opacity":
                 assert places[f.name]["sides"] == sides, report
+
+
+# ---- golden: phantoms and reports never change -------------------------------------------------
+GOLDEN = Path(__file__).parent / "golden/phantoms"
+KNOWN = json.loads((GOLDEN / "reports.json").read_text())
+
+
+@pytest.mark.parametrize("size", [64, 96, 128])
+def test_phantoms_look_as_they_always_did(size):
+    """Within one grey level: what was trained on one version is used with the next."""
+    sheet = np.array(Image.open(GOLDEN / f"{size}.png")).astype(int)
+    for row, split in enumerate(("train", "val", "test")):
+        for column, index in enumerate(KNOWN[split]["indices"]):
+            image = phantom(split, index, size).image
+            at = np.s_[row * size:(row + 1) * size, column * size:(column + 1) * size]
+            assert abs(sheet[at] - image).max() <= 1, (split, index)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_phantoms_say_what_they_always_said(split):
+    known, made = KNOWN[split], [phantom_scene(split, i) for i in range(1000)]
+    reports = [report for _, _, report in made]
+    assert reports[:25] == known["reports"]
+    assert hashlib.sha256("\n".join(reports).encode()).hexdigest() == known["sha256 of 1000 reports"]
+    assert [[list(f) for f in findings] for _, findings, _ in made[:25]] == known["findings"]
+    ratios = [phantom(split, i, 64).heart_ratio for i in known["indices"]]
+    assert ratios == pytest.approx(known["heart_ratio"], abs=1e-5)
+
+
+def test_reports_written_for_nih_labels_are_what_they_always_were():
+    for labels, report in KNOWN["nih"].items():
+        found = [NIH[label] for label in labels.split("|") if label in NIH]
+        assert write_report(found, np.random.default_rng([*labels.encode()])) == report
