@@ -1,8 +1,8 @@
-"""Films and reports in, batches out (ours; the paper prepares its data as Sec. 3.4 says).
+"""Images and reports in, batches out (ours; the paper prepares its data as Sec. 3.4 says).
 
-A film is grey, uint8 (h, w). A report is `FINDINGS: ... IMPRESSION: ...`, or one of the two. Sides
-are the patient's: the patient's left is on the viewer's right. In this order: films, data folders,
-batches, phantoms (drawn films without end) and their reports, labels of reports, cleaning of
+An image is grey, uint8 (h, w). A report is `FINDINGS: ... IMPRESSION: ...`, or one of both. Sides
+are the patient's: the patient's left is on the viewer's right. In this order: images, data folders,
+batches, phantoms (synthetic images without end) and their reports, labels of reports, cleaning of
 reports, a first look at a folder (`python data.py DIR`).
 """
 
@@ -53,7 +53,7 @@ def atomic(path):
             temporary.unlink()
 
 
-# ---------------------------------------------------------------- films
+# ---------------------------------------------------------------- images
 warnings.filterwarnings("ignore", module="PIL")  # on odd metadata, and what read_image refuses
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # no EPS: that would start Ghostscript
 
@@ -67,37 +67,37 @@ def read_image(path, at_least=0):
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give the path of an image")
     try:
-        with Image.open(path, formats=FORMATS) as film:
-            if film.width * film.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{film.width} x {film.height} pixels")
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} pixels")
             if at_least:
-                film.draft("L", (at_least, at_least))
-            return grey(ImageOps.exif_transpose(film))
+                image.draft("L", (at_least, at_least))
+            return grey(ImageOps.exif_transpose(image))
     except Exception as error:  # PIL raises a dozen kinds for broken files
         problem = " ".join(str(error).split()) if os.path.getsize(path) else "it is empty"
         raise UserError(f"{path} is no readable image ({problem}); give a whole PNG, JPEG or TIFF "
                         f"of at most {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
 
 
-def grey(film):
-    if film.mode[0] in "IF":  # I;16, I, F
-        x = np.asarray(film).astype(np.float64)
+def grey(image):
+    if image.mode[0] in "IF":  # I;16, I, F
+        x = np.asarray(image).astype(np.float64)
         x = np.where(np.isfinite(x), x, np.nan)
         low, high = np.nanmin(x), np.nanmax(x)
         return np.nan_to_num((x - low) * (255 / max(high - low, 1e-30))).round().astype(np.uint8)
-    if film.has_transparency_data:
-        film = film.convert("RGBA")
-        film = Image.alpha_composite(Image.new("RGBA", film.size, "black"), film)
-    return np.array(film.convert("L"))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+    return np.array(image.convert("L"))
 
 
 def square(image, size):
     """uint8 (h, w) -> (size, size): scaled with antialiasing and centred on black [P]."""
     h, w = (max(1, round(side * size / max(image.shape))) for side in image.shape)
     top, left = (size - h) // 2, (size - w) // 2
-    padded = np.zeros((size, size), np.uint8)  # after scaling: a long thin film costs no memory
-    film = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3)
-    padded[top:top + h, left:left + w] = film
+    padded = np.zeros((size, size), np.uint8)  # after scaling: a long thin image costs no memory
+    scaled = Image.fromarray(image).resize((w, h), Image.Resampling.BICUBIC, reducing_gap=3)
+    padded[top:top + h, left:left + w] = scaled
     return padded
 
 
@@ -178,39 +178,39 @@ def listing(folder):
 
 
 class Item(NamedTuple):
-    """A film. The films of one study share `id`, the name of their report."""
+    """An image. The images of one study share `id`, the name of their report."""
     id: str
     path: str          # below the data folder
     report: str        # as found: its text, or the name of its file (MIMIC), or labels (NIH)
-    caption: str = ""  # what to draw it from, if that is not the report
+    caption: str = ""  # what to generate it from, if that is not the report
 
 
 def mimic_rows(root, dropped, splits, views):
-    """Yield (split, Item, why it is left out or "") for every film; the other layouts as well."""
+    """Yield (split, Item, why it is left out or "") for every image; the other layouts as well."""
     views = dict(table(views[0], ("dicom_id", "viewposition"), dropped))
     columns = ("dicom_id", "study_id", "subject_id", "split")
     for name, study, subject, split in table(splits[0], columns, dropped):
         folder = f"files/p{subject[:2]}/p{subject}/s{study}"
-        why = "" if views.get(name) in ("AP", "PA") else "films not frontal (AP, PA)"
+        why = "" if views.get(name) in ("AP", "PA") else "images not frontal (AP, PA)"
         yield split, Item(f"s{study}", f"{folder}/{name}.jpg", f"{folder}.txt"), why
 
 
 def iu_rows(root, dropped, reports, projections):
-    films = {}
+    images = {}
     for uid, name, view in table(projections[0], ("uid", "filename", "projection"), dropped):
         if view == "Frontal":
-            films.setdefault(uid, []).append(name)
+            images.setdefault(uid, []).append(name)
         else:
-            yield "", Item(uid, name, ""), "films not frontal"
+            yield "", Item(uid, name, ""), "images not frontal"
     folders = "images/images_normalized", "images_normalized", "images"
     folder = next((f for f in folders if listing(root / f)), "images")
     for uid, *parts in table(reports[0], ("uid", "findings", "impression"), dropped):
         text = join_sections(dict(zip(("FINDINGS", "IMPRESSION"), parts)))
-        why = "" if uid in films else "reports without a frontal film, or repeated"
-        for name in films.pop(uid, [""]):
+        why = "" if uid in images else "reports without a frontal image, or repeated"
+        for name in images.pop(uid, [""]):
             yield hash_split(uid), Item(uid, f"{folder}/{name}", text), why
-    for uid, names in films.items():
-        yield from (("", Item(uid, name, ""), "films without a report") for name in names)
+    for uid, names in images.items():
+        yield from (("", Item(uid, name, ""), "images without a report") for name in names)
 
 
 def nih_rows(root, dropped, entries):
@@ -220,7 +220,7 @@ def nih_rows(root, dropped, entries):
     tests = set(official.read_text("latin-1").split()) if official.exists() else None
     columns, known = ("image index", "finding labels", "patient id"), {*NIH, "No Finding"}
     for name, labels, patient in table(entries[-1], columns, dropped):
-        why = "" if known.issuperset(labels.split("|")) else "films with an unknown label"
+        why = "" if known.issuperset(labels.split("|")) else "images with an unknown label"
         split = hash_split(patient, None if tests is None else name in tests)
         yield split, Item(name, f"{where.get(name, 'images')}/{name}", sys.intern(labels)), why
 
@@ -303,8 +303,8 @@ UNCLEANED = "reports kept uncleaned"
 
 
 class Dataset:
-    """The films and reports of a split, decoded and cleaned when they are asked for: ds[i] is
-    {"image": uint8 (size, size), "report", "caption", "index", ...}. For a broken film or an empty
+    """The images and reports of a split, decoded and cleaned when they are asked for: ds[i] is
+    {"image": uint8 (size, size), "report", "caption", "index", ...}. For a broken image or an empty
     report the next good item stands in (its index is given), and `dropped` counts it. UserError if
     over 5% of the images are missing or, of 20 or more decoded, unreadable."""
 
@@ -371,8 +371,8 @@ class Dataset:
     def fetch(self, index):
         """ds[index] with "notes", [(index, reason, path)] of what it replaces; counts nothing."""
         if self.layout == "phantom":
-            film = phantom(self.split, index, self.size)
-            return {"image": film.image, "report": film.report, "caption": film.report,
+            made = phantom(self.split, index, self.size)
+            return {"image": made.image, "report": made.report, "caption": made.report,
                     "index": index, "notes": [(index, "", "")]}
         n, notes = len(self), []
         for i in range(index, index + min(n, max(20, n // 20 + 1))):  # more is over 5% for sure
@@ -455,7 +455,7 @@ DEVICES = {  # thickness in image widths, and the course if it is on the left
     "central venous catheter": (.012, (.5, -.4), (.36, -.1), (.2, .08), (-.1, .22), (-.12, .5)),
     "pacemaker": (.012, (.8, .23), (.4, .05), (-.1, .2), (-.14, .6), (.14, .93)),
     "chest tube": (.020, (1.3, .95), (.85, .74), (.58, .45), (.55, .2))}
-CHOICES = {  # the weight of a finding, and what its fields are drawn from
+CHOICES = {  # the weight of a finding, and what its fields are chosen from
     "Enlarged Cardiomediastinum": (1.2, {"place": ("upper",)}),
     "Cardiomegaly": (1., {"severity": GRADES}),
     "Lung Opacity": (1.5, {"side": SIDES, "place": ZONES}),
@@ -468,7 +468,7 @@ CHOICES = {  # the weight of a finding, and what its fields are drawn from
     "Pleural Other": (1.1, {"side": SIDES, "place": ("apical", "lateral")}),
     "Fracture": (1.1, {"side": SIDES, "place": ZONES}),
     "Support Devices": (.9, {"side": SIDES, "kind": tuple(DEVICES)})}
-NEEDS = {  # the zones that no other finding of the film may need on the same side
+NEEDS = {  # the zones that no other finding of the image may need on the same side
     "upper": "upper", "mid": "mid", "lower": "lower base", "apical": "upper", "lateral": "mid",
     "Cardiomegaly": "heart", "severe Cardiomegaly": "base", "Lung Opacity": "haze",
     "Edema": "mid haze", "Pneumothorax": "upper", "moderate Pneumothorax": "mid base",
@@ -477,15 +477,15 @@ NEEDS = {  # the zones that no other finding of the film may need on the same si
 
 
 def sample_findings(rng):
-    """A tuple: empty on 23% of the films, else one to four findings that do not hide each other."""
+    """A tuple: empty for 23% of images, else one to four findings that do not hide each other."""
     wanted = np.searchsorted((.23, .45, .73, .90), rng.random())
     waits = rng.exponential(size=len(CHOICES)) / [weight for weight, _ in CHOICES.values()]
     found, taken = [], set()
     for _, name in sorted(zip(waits, CHOICES)):
         if len(found) == wanted:
             break
-        draws = zip(CHOICES[name][1].items(), rng.random(3).tolist())
-        f = Finding(name, **{field: of[int(u * len(of))] for (field, of), u in draws})
+        chosen = zip(CHOICES[name][1].items(), rng.random(3).tolist())
+        f = Finding(name, **{field: of[int(u * len(of))] for (field, of), u in chosen})
         keys = f.name, f"{f.severity} {f.name}", f.place, f.kind
         zones = {(side, zone) for side in ((f.side,) if f.side in SIDES else SIDES)
                  for zone in " ".join(NEEDS.get(key, "") for key in keys).split()}
@@ -495,7 +495,7 @@ def sample_findings(rng):
     return tuple(found)
 
 
-# ---------------------------------------------------------------- phantoms: drawing
+# ---------------------------------------------------------------- phantoms: painting
 ANATOMY = {  # a person and an exposure, as uniform ranges; lengths in image widths
     "width": (.325, .395), "height": (.50, .58), "top": (.10, .155), "middle": (.475, .525),
     "tilt": (-.07, .07), "turn": (-.06, .06), "ratio": (.42, .48), "left_dome": (.02, .06),
@@ -515,7 +515,7 @@ def sample_scene(rng):
 
 
 def heart_ratio(scene, findings):
-    """The cardiothoracic ratio that draw() gives to a scene with these findings."""
+    """The cardiothoracic ratio that paint() gives to a scene with these findings."""
     grade = {f.name: f.severity for f in findings}.get("Cardiomegaly")
     return HEART[grade] + .35 * (scene["ratio"] - .45) if grade else scene["ratio"]
 
@@ -569,7 +569,7 @@ def arch(x, y, wall=1., top=0.):
 
 
 class Chest:
-    """A film while it is drawn, in chest coordinates: x = 0 on the midline and +-1 on the side
+    """An image while it is painted, in chest coordinates: x = 0 on the midline and +-1 on the side
     walls, the patient's left being +x; y = 0 at the apices and 1 at the domes of the diaphragm."""
 
     def __init__(self, scene, size):
@@ -728,8 +728,8 @@ class Chest:
                     self.stroke([(sign * .74, .22), (sign * .86, .24)], .062, 1.05)
 
 
-def draw(scene, findings, size):
-    """The film, uint8 (size, size), of a scene with findings; alike at every size from 64 px."""
+def paint(scene, findings, size):
+    """The image, uint8 (size, size), of a scene with findings; alike at every size from 64 px."""
     chest = Chest(scene, size)
     chest.thorax(findings)
     for f in sorted(findings, key=rank):
@@ -747,7 +747,7 @@ def rank(finding):
 
 
 def phantom_scene(split, index):
-    """-> scene, findings, report of a film, without drawing it."""
+    """-> scene, findings, report of an image, without painting it."""
     rng = np.random.default_rng((("train", "val", "test").index(split), index))
     scene, findings = sample_scene(rng), sample_findings(rng)
     return scene, findings, write_report(findings, rng)
@@ -756,17 +756,17 @@ def phantom_scene(split, index):
 def phantom(split, index, size):
     """The Phantom number `index` of "train", "val" or "test", a pure function of its arguments."""
     scene, findings, report = phantom_scene(split, index)
-    return Phantom(draw(scene, findings, size), findings, report, heart_ratio(scene, findings))
+    return Phantom(paint(scene, findings, size), findings, report, heart_ratio(scene, findings))
 
 
 def heart_width(image):
-    """Measure the cardiothoracic ratio of a frontal film, uint8 (size, size), at 256 px. Outwards
+    """Measure the cardiothoracic ratio of a frontal image, uint8 (size, size), at 256 px. Outwards
     from the midline, the first dark pixel of a row is the border of the heart; it counts where it
     stands upright just above the diaphragm. Unseen, it is taken to be a normal heart's."""
-    film = Image.fromarray(image).resize((256, 256), Image.BICUBIC).filter(ImageFilter.BoxBlur(3))
-    film, heart, chest = np.asarray(film, np.float32), 0, 0
-    middle = np.median(film[110:192, 118:138])
-    for half, normal, most in ((film[:, 127::-1], .28, .55), (film[:, 128:], .62, .93)):
+    x = Image.fromarray(image).resize((256, 256), Image.BICUBIC).filter(ImageFilter.BoxBlur(3))
+    x, heart, chest = np.asarray(x, np.float32), 0, 0
+    middle = np.median(x[110:192, 118:138])
+    for half, normal, most in ((x[:, 127::-1], .28, .55), (x[:, 128:], .62, .93)):
         wall = 61 + np.diff(half[70:150, 60:120].mean(0)).argmax()  # the steepest rise
         rows, air = half[110:192], np.percentile(half[60:192, 12:wall], 10)
         level = (np.median(rows[:, :10], 1) + rows[:, 12:wall].min(1)) / 2
@@ -857,6 +857,14 @@ def write_report(findings, rng):
             lines.append(text)
             known.update(denied.split(", "))
     return f"FINDINGS: {' '.join(lines)} IMPRESSION: {summary}"
+
+
+def impression(caption):
+    """The last section of a caption, its impression, without a header: short prompts are learned
+    from it (ours). It sums up what is found; sentences picked at random would not, and would teach
+    that what is not named may be there all the same."""
+    sections = [*filter(None, map(str.strip, re.split("FINDINGS: |IMPRESSION: ", caption)))]
+    return sections[-1] if sections else caption
 
 
 # ---------------------------------------------------------------- labels: tables
@@ -1126,7 +1134,7 @@ def split_sections(text):
 
 @lru_cache(1 << 16)
 def clean_sentence(sentence):
-    """One sentence without what its film cannot show; "" where nothing is left."""
+    """One sentence without what its image cannot show; "" where nothing is left."""
     for pattern, new in RULES_RE.values():
         if new is not None:
             sentence = pattern.sub(new, sentence)
@@ -1170,24 +1178,24 @@ person? Answer YES, or NO and the first fault.\n\nOriginal: {report}\n\nCleaned:
 
 # ---------------------------------------------------------------- a first look
 def save_image(image, path):
-    """Write a film, uint8 (h, w) or (h, w, 3), as PNG, whole or not at all."""
+    """Write an image, uint8 (h, w) or (h, w, 3), as PNG, whole or not at all."""
     with atomic(path) as temporary:
         Image.fromarray(image).save(temporary, "PNG")
 
 
 def sheet(images, captions, columns, path):
-    """Write a PNG of films, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
+    """Write a PNG of images, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
     font, cells, gap = ImageFont.load_default(13), [], 8
     for image, caption in zip(images, captions):
-        film = Image.fromarray(np.asarray(image)).convert("RGB")
-        film = ImageOps.scale(film, max(1, round(192 / max(film.size))), Image.Resampling.NEAREST)
-        width, place = max(192, film.width), (0, film.height + 4)
+        cell = Image.fromarray(np.asarray(image)).convert("RGB")
+        cell = ImageOps.scale(cell, max(1, round(192 / max(cell.size))), Image.Resampling.NEAREST)
+        width, place = max(192, cell.width), (0, cell.height + 4)
         letter = font.getlength(caption.replace("\n", " ") or " ") / max(1, len(caption))
         lines = (textwrap.fill(line, int(.84 * width / letter)) for line in caption.split("\n"))
         text = "\n".join(lines)
-        bottom = ImageDraw.Draw(film).multiline_textbbox(place, text, font=font)[3]
+        bottom = ImageDraw.Draw(cell).multiline_textbbox(place, text, font=font)[3]
         cells.append(Image.new("RGB", (width + gap, round(bottom) + 2 * gap), "white"))
-        cells[-1].paste(film)
+        cells[-1].paste(cell)
         ImageDraw.Draw(cells[-1]).multiline_text(place, text, "black", font)
     width, height = np.max([cell.size for cell in cells], 0).tolist()
     rows, columns = -(-len(cells) // columns), min(columns, len(cells))
@@ -1198,22 +1206,22 @@ def sheet(images, captions, columns, path):
 
 
 def first_look(source, out):
-    """Print what a data folder holds and what was left out; draw eight of its films."""
+    """Print what a data folder holds and what was left out; write a sheet of eight images."""
     splits = read_data(source, size=256)
     data = next((d for d in splits.values() if len(d)), splits["train"])
     sizes = (f"{name} {len(d):,}" if len(d) < ENDLESS else f"{name} without end"
              for name, d in splits.items())
-    print(f"{source}: {data.layout}. Films: {', '.join(sizes)}")
+    print(f"{source}: {data.layout}. Images: {', '.join(sizes)}")
     try:
         data.drop_missing()
     except UserError as error:
         if not len(data):
             raise
-        print(f"{error}. No films drawn")
+        print(f"{error}. No sheet written")
     else:
-        films = [data[i] for i in range(min(8, len(data)))]
-        sheet([f["image"] for f in films], [f["report"] for f in films], 4, out)
-        print(f"{out}: films of the {data.split} split")
+        samples = [data[i] for i in range(min(8, len(data)))]
+        sheet([s["image"] for s in samples], [s["report"] for s in samples], 4, out)
+        print(f"{out}: images of the {data.split} split")
     texts, clean = zip(*map(data.text, range(0, len(data), -(-len(data) // 2000))))
     low, mid, high = np.percentile([len(text.split()) for text in texts], (5, 50, 95))
     print(f"{len(texts):,} reports of {mid:.0f} words, 5-95%: {low:.0f}-{high:.0f}; "
@@ -1243,7 +1251,7 @@ def export_prompts(source, path):
 def main():
     parser = argparse.ArgumentParser(description="A first look at a data folder.")
     parser.add_argument("source", nargs="?", default="phantom", metavar="DIR")
-    parser.add_argument("--out", default="sheet.png", help="where the sheet of films goes")
+    parser.add_argument("--out", default="sheet.png", help="where the sheet of images goes")
     parser.add_argument("--export-prompts", metavar="FILE", help="write the reports as prompts for "
                         "a language model; put its answers into DIR/cleaned.jsonl")
     args = parser.parse_args()

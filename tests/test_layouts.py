@@ -18,7 +18,7 @@ from data import (UserError, batches, label_report, open_data, read_data, read_i
 HEART = "FINDINGS: Large heart. IMPRESSION: Cardiomegaly."
 
 
-def film(path, value=100, shape=(20, 16)):
+def save_grey(path, value=100, shape=(20, 16)):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.full(shape, value, np.uint8)).save(path)
 
@@ -30,9 +30,9 @@ def table(path, header, *rows):
 
 
 def plain(root, n=6):
-    """A plain folder of n films in the train split; film k is all grey of value k."""
+    """A plain folder of n images in the train split; image k is all grey of value k."""
     for k in range(n):
-        film(root / f"{k}.png", k)
+        save_grey(root / f"{k}.png", k)
     table(root / "metadata.csv", ["image", "report", "split"],
           *([f"{k}.png", f"FINDINGS: Nodule of {k} mm.", "train"] for k in range(n)))
     return root
@@ -42,7 +42,7 @@ def counts(data):
     return {reason: count for reason, (count, _) in data.dropped.items()}
 
 
-# ---- films -------------------------------------------------------------------------------------
+# ---- images ------------------------------------------------------------------------------------
 RAMP = np.tile(np.arange(256, dtype=np.uint8), (8, 1))
 
 
@@ -51,8 +51,8 @@ def saved(path, image, **options):
     return read_image(path).astype(int)
 
 
-def test_deep_films_use_the_whole_range(tmp_path):
-    """A 12-bit film in a 16-bit file came out black where its high byte was taken."""
+def test_deep_images_use_the_whole_range(tmp_path):
+    """A 12-bit image in a 16-bit file came out black where its high byte was taken."""
     for name, pixels in {
             "16.png": RAMP.astype(np.uint16) * 257, "12.png": RAMP.astype(np.uint16) * 16,
             "16.tif": RAMP.astype(np.uint16) * 257, "be.tif": (RAMP * 257.).astype(">u2"),
@@ -108,8 +108,8 @@ def test_jpeg_may_be_decoded_smaller_but_never_too_small(tmp_path):
     assert abs(square(small, 64).astype(int) - square(full, 64)).max() <= 4
 
 
-def test_bad_films_name_the_file(tmp_path):
-    film(tmp_path / "good.png", shape=(300, 300))
+def test_bad_images_name_the_file(tmp_path):
+    save_grey(tmp_path / "good.png", shape=(300, 300))
     noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
@@ -152,7 +152,7 @@ def mimic(root):
                                        ("test", "AP"), ("train", ""))):
         subject, study, dicom = f"1000003{k}", f"5041426{k}", f"d{k}"
         folder = root / "files/p10" / f"p{subject}"
-        film(folder / f"s{study}" / f"{dicom}.jpg", 40 * k)
+        save_grey(folder / f"s{study}" / f"{dicom}.jpg", 40 * k)
         text = root / "mimic-cxr-reports/files/p10" / f"p{subject}" / f"s{study}.txt"
         text.parent.mkdir(parents=True, exist_ok=True)
         text.write_text(f"EXAM: CHEST\n FINDINGS:  Nodule of {k} mm.\n\n IMPRESSION: ___ Fine.\n")
@@ -173,10 +173,10 @@ def test_mimic(tmp_path):
     sample = data[0]
     assert sample["report"] == sample["caption"] == "FINDINGS: Nodule of 2 mm. IMPRESSION: Fine."
     assert abs(int(sample["image"][8, 8]) - 80) <= 1
-    assert counts(data) == {"films not frontal (AP, PA), skipped": 2}
+    assert counts(data) == {"images not frontal (AP, PA), skipped": 2}
 
 
-def test_mimic_reports_beside_the_films(tmp_path):
+def test_mimic_reports_beside_the_images(tmp_path):
     (mimic(tmp_path) / "mimic-cxr-reports/files/p10").rename(tmp_path / "moved")
     for file in (tmp_path / "moved").rglob("*.txt"):
         file.rename(tmp_path / "files/p10" / file.relative_to(tmp_path / "moved"))
@@ -196,7 +196,7 @@ def test_iu(tmp_path):
            "impression"),
           *((k, "", "", "", "", "", f"Nodule of {k} mm.", "Fine." * (k % 2)) for k in range(30)),
           (3, "", "", "", "", "", "again", ""), (98, "", "", "", "", "", "", ""),
-          (99, "", "", "", "", "", "no film", ""))
+          (99, "", "", "", "", "", "no image", ""))
     table(tmp_path / "indiana_projections.csv", ("uid", "filename", "projection"),
           *((k, f"{k}.png", "Frontal") for k in (*range(30), 98, 1000)), (3, "3l.png", "Lateral"))
     splits = read_data(str(tmp_path), 16)
@@ -205,12 +205,12 @@ def test_iu(tmp_path):
     assert items["3"].report == "FINDINGS: Nodule of 3 mm. IMPRESSION: Fine."
     assert items["4"].report == "FINDINGS: Nodule of 4 mm."
     assert counts(splits["val"]) == {
-        "films not frontal, skipped": 1, "films without a report, skipped": 1,
-        "reports without a frontal film, or repeated, skipped": 2, "empty reports, skipped": 1}
+        "images not frontal, skipped": 1, "images without a report, skipped": 1,
+        "reports without a frontal image, or repeated, skipped": 2, "empty reports, skipped": 1}
     with pytest.raises(UserError, match=r"missing; the first is expected at .*images/"):
         open_data(str(tmp_path), "train", 16)
     for k in range(30):
-        film(tmp_path / "images/images_normalized" / f"{k}.png", k)
+        save_grey(tmp_path / "images/images_normalized" / f"{k}.png", k)
     data = open_data(str(tmp_path), "train", 16)
     assert data[0]["report"].startswith(f"FINDINGS: Nodule of {data[0]['image'][8, 8]} mm.")
 
@@ -218,7 +218,7 @@ def test_iu(tmp_path):
 def nih(root, folder="images", official=False):
     names = [f"{k // 2:08d}_{k % 2:03d}.png" for k in range(40)]
     for k, name in enumerate(names):
-        film(root / folder.format(k % 2 + 1) / name, k)
+        save_grey(root / folder.format(k % 2 + 1) / name, k)
     table(root / "Data_Entry_2017_v2020.csv",
           ("Image Index", "Finding Labels", "Follow-up #", "Patient ID", "View Position"),
           *((name, ("No Finding", "Edema|Mass")[k % 2], 0, k // 2, "PA")
@@ -247,11 +247,11 @@ def test_nih_official_test_list(tmp_path):
 
 
 def test_nih_unknown_label_is_counted(tmp_path):
-    film(tmp_path / "images/a.png")
+    save_grey(tmp_path / "images/a.png")
     table(tmp_path / "Data_Entry_2017.csv", ("Image Index", "Finding Labels", "Patient ID"),
           ("a.png", "Edema", 1), ("b.png", "Edema|Gout", 2))
     assert counts(read_data(str(tmp_path), 16)["train"]) == {
-        "films with an unknown label, skipped": 1}
+        "images with an unknown label, skipped": 1}
 
 
 def test_chexgenbench(tmp_path):
@@ -260,7 +260,7 @@ def test_chexgenbench(tmp_path):
         table(tmp_path / f"LLAVARAD_ANNOTATIONS_{split}.csv", ("id", "path", "annotated_prompt"),
               *((k, path.format(k), f"Prompt {k}.") for k in ks))
         for k in ks:
-            film(tmp_path / "files" / path.format(k), k)
+            save_grey(tmp_path / "files" / path.format(k), k)
     splits = read_data(str(tmp_path), 16, "image")
     assert len(splits["test"]) == 2 and splits["val"] and len(splits["train"]) > 20
     sample = open_data(str(tmp_path), "test", 16, "image")[1]
@@ -271,7 +271,7 @@ def test_chexgenbench(tmp_path):
 
 
 def test_a_single_table_of_prompts(tmp_path):
-    film(tmp_path / "a.png")
+    save_grey(tmp_path / "a.png")
     table(tmp_path / "prompts.csv", ("image", "annotated_prompt", "split"),
           ("a.png", "Prompt.", "test"))
     for source in (tmp_path, tmp_path / "prompts.csv"):
@@ -288,7 +288,7 @@ def test_plain(tmp_path, kind):
     else:
         table(tmp_path / f"metadata.{kind}", columns, *rows)
     for row in rows:
-        film(tmp_path / row[0])
+        save_grey(tmp_path / row[0])
     train, val = (open_data(str(tmp_path), split, 16)[0] for split in ("train", "val"))
     assert (train["report"], train["caption"]) == (HEART, "Draw this.")
     assert (val["report"], val["caption"]) == (HEART, HEART)
@@ -346,7 +346,7 @@ def test_missing_column_is_named(tmp_path):
 
 
 def test_windows_text_is_read(tmp_path):
-    film(tmp_path / "sub/a.png")
+    save_grey(tmp_path / "sub/a.png")
     (tmp_path / "metadata.csv").write_bytes(
         b"\xef\xbb\xbfimage,report,split\r\nsub\\a.png,FINDINGS: \x00Cl\xe9ar.\r\n\r\n"
         b"cut.png\r\n".replace(b"Cl\xe9ar.", b"Cl\xe9ar.,train"))
@@ -356,7 +356,7 @@ def test_windows_text_is_read(tmp_path):
 
 
 def test_paths_out_of_the_folder_are_never_read(tmp_path):
-    film(tmp_path / "secret.png")
+    save_grey(tmp_path / "secret.png")
     root = plain(tmp_path / "data", 2)
     with open(root / "metadata.csv", "a") as file:
         for path in ("../secret.png", str(tmp_path / "secret.png"), "x/../../secret.png",
@@ -386,7 +386,7 @@ def test_rows_left_out_are_counted_by_reason(tmp_path):
 
 def test_unknown_folders_list_the_layouts(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    film(tmp_path / "a.png")
+    save_grey(tmp_path / "a.png")
     (tmp_path / "none").mkdir()
     for source in (tmp_path, tmp_path / "none", tmp_path / "a.png", tmp_path / "gone"):
         with pytest.raises(UserError, match="MIMIC-CXR-JPG.*IU.*NIH.*CheXGenBench.*metadata"):
@@ -394,7 +394,7 @@ def test_unknown_folders_list_the_layouts(tmp_path):
 
 
 def test_hostile_json(tmp_path):
-    film(tmp_path / "a.png")
+    save_grey(tmp_path / "a.png")
     good = '{"image": "a.png", "report": "FINDINGS: Cl\\ud800ar lungs.", "split": "train"}\n'
     long = json.dumps({"image": "x/" * 5000, "report": "y", "split": "val"})
     (tmp_path / "metadata.jsonl").write_text(good + long)

@@ -1,4 +1,4 @@
-"""The procedural films: deterministic, labelled as drawn, on the right side, and truly reported."""
+"""Phantoms: deterministic, labelled as painted, on the right side, and truly reported."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import (CHOICES, CLASSES, HEART, NIH, Finding, draw, heart_ratio, heart_width,
-                  label_report, locate, phantom, phantom_scene, sample_findings, sample_scene,
-                  write_report)
+from data import (CHOICES, CLASSES, HEART, NIH, Finding, heart_ratio, heart_width,
+                  label_report, locate, paint, phantom, phantom_scene, sample_findings,
+                  sample_scene, write_report)
 
 WORDS = {  # how a reader recognises a class in a sentence
     "Enlarged Cardiomediastinum": "mediastinum|cardiomediastinal", "Cardiomegaly":
@@ -40,7 +40,7 @@ def read(report):
     return stated, denied
 
 
-def test_same_arguments_same_film_and_no_global_randomness():
+def test_same_arguments_same_image_and_no_global_randomness():
     np.random.seed(3)
     first, state = phantom("train", 5, 64), np.random.get_state()[1].copy()
     again = phantom("train", 5, 64)
@@ -49,13 +49,14 @@ def test_same_arguments_same_film_and_no_global_randomness():
     assert (np.random.get_state()[1] == state).all()
 
 
-def test_splits_and_indices_never_share_a_film():
-    films = {phantom(split, i, 64).image.tobytes() for split in ("train", "val") for i in range(99)}
-    assert len(films) == 198
+def test_splits_and_indices_never_share_an_image():
+    images = {phantom(split, i, 64).image.tobytes()
+              for split in ("train", "val") for i in range(99)}
+    assert len(images) == 198
 
 
 @pytest.mark.parametrize("small,large", [(64, 128), (96, 192), (64, 256)])
-def test_a_film_is_the_same_at_every_size(small, large):
+def test_an_image_is_the_same_at_every_size(small, large):
     for i in range(12):
         a, b = phantom("val", i, small), phantom("val", i, large)
         b_small = b.image.reshape(small, large // small, small, large // small).mean((1, 3))
@@ -89,9 +90,9 @@ SIDED = [Finding("Pleural Effusion", "", "mild"), Finding("Pleural Effusion", ""
 def test_a_finding_is_on_the_side_it_says_and_bold_at_64_px(finding):
     """The patient's left is on the viewer's right."""
     for seed in range(8):
-        plain = draw(scene(seed), (), 64).astype(int)
+        plain = paint(scene(seed), (), 64).astype(int)
         for side in ("left", "right"):
-            change = np.abs(draw(scene(seed), (finding._replace(side=side),), 64) - plain)
+            change = np.abs(paint(scene(seed), (finding._replace(side=side),), 64) - plain)
             halves = change[:, :32].sum(), change[:, 32:].sum()
             assert halves[side == "left"] > .9 * sum(halves), (seed, side)
             assert (change > 25).sum() >= 9, (seed, side)
@@ -99,21 +100,21 @@ def test_a_finding_is_on_the_side_it_says_and_bold_at_64_px(finding):
 
 def test_fluid_brightens_and_air_darkens():
     for seed in range(8):
-        plain = draw(scene(seed), (), 64).astype(int)
-        fluid = draw(scene(seed), (Finding("Pleural Effusion", "right", "moderate"),), 64) - plain
+        plain = paint(scene(seed), (), 64).astype(int)
+        fluid = paint(scene(seed), (Finding("Pleural Effusion", "right", "moderate"),), 64) - plain
         assert fluid[36:46, 12:24].mean() > 25 and abs(fluid[:, 40:]).max() == 0
-        air = draw(scene(seed), (Finding("Pneumothorax", "right", "severe"),), 64) - plain
+        air = paint(scene(seed), (Finding("Pneumothorax", "right", "severe"),), 64) - plain
         assert air[14:30, 10:20].mean() < -4
 
 
 @pytest.mark.parametrize("name,grades", [("Pleural Effusion", ("mild", "moderate", "severe")),
                                          ("Pneumothorax", ("mild", "moderate", "severe")),
                                          ("Edema", ("mild", "severe"))])
-def test_a_worse_finding_changes_more_of_the_film(name, grades):
+def test_a_worse_finding_changes_more_of_the_image(name, grades):
     for seed in range(8):
-        plain = draw(scene(seed), (), 64).astype(int)
-        films = [draw(scene(seed), (Finding(name, "left", grade),), 64) for grade in grades]
-        change = [np.abs(film - plain).sum() for film in films]
+        plain = paint(scene(seed), (), 64).astype(int)
+        images = [paint(scene(seed), (Finding(name, "left", grade),), 64) for grade in grades]
+        change = [np.abs(p - plain).sum() for p in images]
         assert change == sorted(change) and change[0] > 0
 
 
@@ -121,16 +122,16 @@ def test_heart_grows_with_severity():
     for seed in range(10):
         grades = [(), *((Finding("Cardiomegaly", severity=s),) for s in HEART)]
         true = [heart_ratio(scene(seed), g) for g in grades]
-        seen = [heart_width(draw(scene(seed), g, 64)) for g in grades]
+        seen = [heart_width(paint(scene(seed), g, 64)) for g in grades]
         assert all(a + .03 < b for a, b in zip(true, true[1:]))
         assert all(a < b for a, b in zip(seen, seen[1:])), (seed, seen)
 
 
 @pytest.mark.parametrize("size", [64, 128])
 def test_heart_width_follows_the_true_ratio(size):
-    films = [phantom("val", i, size) for i in range(300)]
-    seen = np.array([heart_width(film.image) for film in films])
-    true = np.array([film.heart_ratio for film in films])
+    images = [phantom("val", i, size) for i in range(300)]
+    seen = np.array([heart_width(p.image) for p in images])
+    true = np.array([p.heart_ratio for p in images])
     assert np.isfinite(seen).all() and np.corrcoef(seen, true)[0, 1] > .9
     assert np.isfinite([heart_width(np.full((64, 64), v, np.uint8)) for v in (0, 128, 255)]).all()
 
@@ -202,7 +203,8 @@ def test_phantoms_say_what_they_always_said(split):
     known, made = KNOWN[split], [phantom_scene(split, i) for i in range(1000)]
     reports = [report for _, _, report in made]
     assert reports[:25] == known["reports"]
-    assert hashlib.sha256("\n".join(reports).encode()).hexdigest() == known["sha256 of 1000 reports"]
+    digest = hashlib.sha256("\n".join(reports).encode()).hexdigest()
+    assert digest == known["sha256 of 1000 reports"]
     assert [[list(f) for f in findings] for _, findings, _ in made[:25]] == known["findings"]
     ratios = [phantom(split, i, 64).heart_ratio for i in known["indices"]]
     assert ratios == pytest.approx(known["heart_ratio"], abs=1e-5)
