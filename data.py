@@ -7,16 +7,22 @@ reports, a first look at a folder (`python data.py DIR`).
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import gzip
 import hashlib
+import io
 import itertools
 import json
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import textwrap
+import threading
+import time
 import warnings
 import zlib
 from functools import lru_cache
@@ -53,9 +59,17 @@ def atomic(path):
             temporary.unlink()
 
 
+def plain_streams():
+    """Print what the console cannot encode as \\xe9, not as a traceback. Programs call it first."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 # ---------------------------------------------------------------- images
 warnings.filterwarnings("ignore", module="PIL")  # on odd metadata, and what read_image refuses
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # no EPS: that would start Ghostscript
+ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
 
 
 def read_image(path, at_least=0):
@@ -66,29 +80,105 @@ def read_image(path, at_least=0):
     """
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give the path of an image")
+    head = b"?"
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels")
-            if at_least:
-                image.draft("L", (at_least, at_least))
-            return grey(ImageOps.exif_transpose(image))
-    except Exception as error:  # PIL raises a dozen kinds for broken files
-        problem = " ".join(str(error).split()) if os.path.getsize(path) else "it is empty"
+        with open(path, "rb") as file:
+            head = file.read(132)
+            try:
+                return decode(file, at_least)
+            except Exception:  # PIL raises a dozen kinds for broken files
+                if not head.startswith(PNG):
+                    raise
+                return decode(png_pixels(file), at_least)
+    except Exception as error:
+        if head[128:] == b"DICM":
+            raise UserError(f"{path} is a DICOM file; convert it to PNG first, for example with "
+                            f"DCMTK: dcmj2pnm --write-16-bit-png {path} IMAGE.png") from None
+        problem = " ".join(str(error).split()) if head else "it is empty"
         raise UserError(f"{path} is no readable image ({problem}); give a whole PNG, JPEG or TIFF "
                         f"of at most {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
 
 
-def grey(image):
-    if image.mode[0] in "IF":  # I;16, I, F
-        x = np.asarray(image).astype(np.float64)
-        x = np.where(np.isfinite(x), x, np.nan)
-        low, high = np.nanmin(x), np.nanmax(x)
-        return np.nan_to_num((x - low) * (255 / max(high - low, 1e-30))).round().astype(np.uint8)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-    return np.array(image.convert("L"))
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def png_pixels(file):
+    """A PNG without all that is not pixels: broken metadata must not cost an image."""
+    file.seek(0)
+    content, at, kept = file.read(), len(PNG), [PNG]
+    while at < len(content):
+        name, end = content[at + 4:at + 8], at + 12 + int.from_bytes(content[at:at + 4], "big")
+        whole = zlib.crc32(content[at + 4:end - 4]).to_bytes(4, "big") == content[end - 4:end]
+        if name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or name == b"eXIf" and whole:
+            kept.append(content[at:end])
+        at = end
+    return io.BytesIO(b"".join(kept))
+
+
+def decode(file, at_least):
+    """An open file -> uint8 (h, w). Many kinds of exception if it is broken."""
+    file.seek(0)
+    with Image.open(file, formats=FORMATS) as image:
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise ValueError(f"{image.width} x {image.height} pixels")
+        if at_least:
+            image.draft("L", (at_least, at_least))
+        tiff = dict(image.tag_v2) if image.format == "TIFF" else {}
+        raw = re.fullmatch(r"(\w+);16([BLN])", raw_mode(image.tile[0]) if image.tile else "")
+        image.load()
+        try:
+            turn = image.getexif().get(ORIENTATION, 1)
+        except Exception:  # garbage: the pixels are whole all the same
+            turn = 1
+        if raw and image.mode[0] != "I":
+            pixels = stretch(colour16(file, *raw.groups()))
+        elif image.mode[0] in "IF":  # I;16, I, F; PIL inverts 0 = white in 8 bits only
+            x = np.asarray(image).astype(np.float64)
+            pixels = stretch(-x if tiff.get(PHOTOMETRIC) == 0 else x)
+        elif max(tiff.get(BITS, (8,))) > 8:
+            raise ValueError(f"{max(tiff[BITS])} bits a channel, {image.mode}")
+        else:
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+            pixels = np.array(image.convert("L"))
+    pixels = pixels.T if turn in (5, 6, 7, 8) else pixels
+    pixels = pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
+    return np.ascontiguousarray(pixels[::-1] if turn in (3, 4, 7, 8) else pixels)
+
+
+def stretch(x):
+    """float (h, w) -> uint8: the lowest value becomes 0, the highest 255, NaN and infinity 0."""
+    x = np.where(np.isfinite(x), x, np.nan)
+    low, high = (np.nanmin(x), np.nanmax(x)) if np.isfinite(x).any() else (0, 0)
+    return np.nan_to_num((x - low) * (255 / max(high - low, 1e-30))).round().astype(np.uint8)
+
+
+def raw_mode(tile):
+    """How the bytes of a part of an image lie, in PIL's words."""
+    return tile.args if isinstance(tile.args, str) else tile.args[0]
+
+
+def colour16(file, channels, order):
+    """A colour image of 16 bits a channel -> float (h, w) grey. PIL gives one byte of each two, the
+    high one; read in the other byte order, it gives the low one. ValueError if it cannot."""
+    def unpack(raw, mode):
+        file.seek(0)
+        with Image.open(file, formats=FORMATS) as image:
+            image._mode, image.tile = mode, [tile._replace(
+                args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
+                for tile in image.tile]
+            return np.asarray(image).astype(np.float64)
+
+    if channels == "LA":  # PNG; four bytes a pixel, as in RGBA of 8 bits
+        x = unpack("RGBA", "RGBA")
+        return (x[..., 0] * 256 + x[..., 1]) * (x[..., 2] * 256 + x[..., 3]) / 65535
+    if channels not in ("RGB", "RGBA"):
+        raise ValueError(f"16 bits a channel, {channels}")
+    order = sys.byteorder[0].upper() if order == "N" else order
+    high, low = ("BL", "LB")[order == "L"]
+    x = unpack(f"{channels};16{high}", channels) * 256 + unpack(f"{channels};16{low}", channels)
+    return x[..., :3] @ (.299, .587, .114) * (x[..., 3] / 65535 if channels == "RGBA" else 1)
 
 
 def square(image, size):
@@ -409,26 +499,96 @@ def shuffled(n, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
+CHUNK, PATIENCE = 8, 15  # samples a task of a loader process; seconds to wait for one
+
+
 def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
     """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)},
     or whatever the data set's samples hold. The k-th depends on (seed, k) alone, so start_step
-    resumes, and `workers` changes nothing. Rank r gets its b = batch_size / world rows of each."""
-    import torch  # here: a first look does without
+    resumes, and `workers` changes nothing. Rank r gets its b = batch_size / world rows of each.
+    UserError if too much is broken, or if a loader process is killed or stalls."""
     if batch_size % world:
         raise UserError(f"a batch of {batch_size} does not divide among {world} processes")
+    b, n = batch_size // world, len(dataset)
 
-    def order(n=len(dataset), b=batch_size // world):
+    def chunks():
         for start in itertools.count(start_step * batch_size + rank * b, batch_size):
             at = range(start, start + b)
-            yield [*at] if n == ENDLESS else [int(shuffled(n, seed, i // n)[i % n]) for i in at]
+            rows = [*at] if n == ENDLESS else [int(shuffled(n, seed, i // n)[i % n]) for i in at]
+            yield from (rows[i:i + CHUNK] for i in range(0, b, CHUNK))
 
-    loader = torch.utils.data.DataLoader(dataset, batch_sampler=order(), collate_fn=list,
-                                         num_workers=workers, generator=torch.Generator())
-    for samples in loader:
-        dataset.account(samples)
-        rows = {key: [s[key] for s in samples] for key in samples[0] if key != "notes"}
-        yield {key: row if isinstance(row[0], str) else torch.as_tensor(np.stack(row))
-               for key, row in rows.items()}
+    import torch  # here: a first look does without
+    with contextlib.closing(load(dataset, chunks(), workers, 2 * -(-b // CHUNK))) as loaded:
+        while True:
+            samples = []
+            while len(samples) < b:
+                samples += next(loaded)
+            dataset.account(samples)
+            rows = {key: [s[key] for s in samples] for key in samples[0] if key != "notes"}
+            yield {key: row if isinstance(row[0], str) else torch.as_tensor(np.stack(row))
+                   for key, row in rows.items()}
+
+
+def load(dataset, chunks, workers, ahead):
+    """Yield the samples of each chunk of indices. Each of the processes has `ahead` chunks waiting.
+    UserError if one of them is killed, or if none gives anything for PATIENCE seconds."""
+    import torch
+    options = {"num_workers": workers, "prefetch_factor": ahead, "timeout": 1} if workers else {}
+    before = set(multiprocessing.active_children())
+    with signals_wait():
+        chunks = iter(torch.utils.data.DataLoader(
+            dataset, batch_sampler=chunks, collate_fn=list, generator=torch.Generator(),
+            worker_init_fn=ignore_ctrl_c, **options))
+    own = set(multiprocessing.active_children()) - before
+    atexit.register(kill_workers)
+    late = time.monotonic() + 4 * PATIENCE  # a process that starts has to import torch first
+    try:
+        while True:
+            try:
+                samples = next(chunks)
+            except RuntimeError as error:
+                if not all(process.is_alive() for process in own):
+                    raise UserError("a loader process was killed (out of memory?); run the command "
+                                    "again, with fewer --workers") from None
+                if "timed out" not in str(error):
+                    raise
+                if time.monotonic() > late:
+                    raise UserError(f"the loader processes gave nothing for {PATIENCE} s (a disk "
+                                    "that hangs?); run the command again, or with --workers 0"
+                                    ) from None
+            else:
+                yield samples
+                late = time.monotonic() + PATIENCE
+    finally:
+        for process in own:
+            process.kill()
+
+
+@contextlib.contextmanager
+def signals_wait():
+    """Ctrl-C and SIGTERM wait for the end of the block; processes started in it never get them, so
+    that the program itself decides when they end. Takes back torch's handler of dead processes,
+    which raises anywhere in the program."""
+    handler, mask = signal.getsignal(getattr(signal, "SIGCHLD", signal.SIGINT)), None
+    if hasattr(signal, "pthread_sigmask"):  # not on Windows
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        if mask is not None:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def ignore_ctrl_c(worker):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def kill_workers():
+    """Kill all processes that this one started through multiprocessing, also those that hang."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 # ---------------------------------------------------------------- phantoms: what can be found

@@ -2,8 +2,12 @@
 import csv
 import gzip
 import json
+import os
+import signal
+import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -12,8 +16,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data import (UserError, batches, label_report, open_data, read_data, read_image, sheet, square,
-                  vae_pixels, vit_pixels)
+from data import (UserError, batches, label_report, open_data, phantom, phantom_scene, read_data,
+                  read_image, sheet, square, vae_pixels, vit_pixels)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 HEART = "FINDINGS: Large heart. IMPRESSION: Cardiomegaly."
 
@@ -528,6 +534,98 @@ def test_fingerprint_tells_data_apart(tmp_path):
     assert open_data(str(root), "train", 16).fingerprint() not in names
     assert open_data("phantom", "val", 16).fingerprint() != open_data(
         "phantom", "test", 16).fingerprint()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_left_stays_left(workers):
+    """A loader that mirrors an image teaches the wrong side. Left effusion: the viewer's right."""
+    data = open_data("phantom", "train", 64)
+    wanted = [i for i in range(200) for f in data_findings(i)
+              if f.name == "Pleural Effusion" and f.severity == "severe" and f.side != "bilateral"]
+    rows = {}
+    for batch in first(data, 25, batch_size=8, workers=workers):
+        rows |= dict(zip(batch["index"].tolist(), batch["image"].numpy()))
+    assert len(wanted) >= 3
+    for i in wanted:
+        side = next(f.side for f in data_findings(i) if f.name == "Pleural Effusion")
+        assert (rows[i] == phantom("train", i, 64).image).all()
+        bases = rows[i][34:44].astype(int)
+        assert (bases[:, 40:56].mean() > bases[:, 8:24].mean()) == (side == "left"), i
+
+
+def data_findings(i):
+    return phantom_scene("train", i)[1]
+
+
+LOADER = """
+import multiprocessing, os, signal, sys, time
+import data
+
+class Slow:
+    def __len__(self): return 1000
+    def __getitems__(self, rows):
+        time.sleep(float(sys.argv[3]))
+        return [{"index": i} for i in rows]
+    def account(self, samples): pass
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    data.PATIENCE = 3
+    try:
+        for k, batch in enumerate(data.batches(Slow(), 16, seed=0, workers=2)):
+            if k == 0:
+                print("started", *[p.pid for p in multiprocessing.active_children()], flush=True)
+    except data.UserError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize("method, sent, code, said", [
+    ("fork", signal.SIGKILL, 2, "a loader process was killed"),
+    ("fork", signal.SIGSTOP, 2, "gave nothing for 3 s"), ("spawn", signal.SIGINT, 130, "")])
+def test_a_loader_process_that_dies_or_hangs_ends_the_run(tmp_path, method, sent, code, said):
+    """The run used to hang for ever, and Ctrl-C to end in a traceback of a spawned process."""
+    (tmp_path / "run.py").write_text(LOADER)
+    command = [sys.executable, "run.py", method, "x", ".05"]
+    with subprocess.Popen(command, cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, start_new_session=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}) as run:
+        word, *pids = run.stdout.readline().split()
+        if sent == signal.SIGINT:
+            os.killpg(run.pid, sent)
+        else:
+            os.kill(int(pids[0]), sent)
+        start = time.monotonic()
+        error = run.communicate(timeout=30)[1]
+    assert word == "started" and len(pids) == 2 and time.monotonic() - start < 20
+    assert run.returncode == code, error
+    assert error.count("\n") == bool(said) and said in error, error
+    for pid in map(int, pids):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_slow_images_are_no_stall(tmp_path):
+    """Longer than PATIENCE, 3 s, for a batch, shorter for its parts."""
+    (tmp_path / "run.py").write_text(LOADER.replace("if k == 0:", "if k == 1: sys.exit(7)\n"
+                                     "            if k == 0:").replace("Slow(), 16", "Slow(), 48"))
+    done = subprocess.run([sys.executable, "run.py", "fork", "x", "1.1"], cwd=tmp_path, text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 7, done.stderr
+
+
+def test_what_a_loader_process_raises_is_raised():
+    class Broken:
+        def __len__(self):
+            return 10
+
+        def __getitems__(self, rows):
+            raise RuntimeError("of its own")
+    with pytest.raises(RuntimeError, match="of its own"):
+        next(batches(Broken(), 2, seed=0, workers=1))
 
 
 # ---- the first look ----------------------------------------------------------------------------
