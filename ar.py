@@ -1,4 +1,4 @@
-"""Understanding: tokenizer, image encoder, connector, language model (Sec. 3.2, Eq. 1).
+"""Understanding: image encoder, connector, language model, loss (Sec. 3.2, Eq. 1); tokenizer.
 
 Letters: b batch, l text tokens, n patches, d width, h heads, k head width, v vocabulary.
 """
@@ -19,11 +19,254 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from data import UserError, vit_pixels
+from data import UserError
 from diffusion import position_table
 from joint_attn import Linear, Tower, attend
 
-# --- tokenizer: text -> words ---------------------------------------------------------------------
+# --- image encoders, connector, language model ----------------------------------------------------
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm transformer block with timm's parameter names; x (b, n, d) -> (b, n, d)."""
+
+    def __init__(self, width: int, mlp: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width),
+                                   "proj": nn.Linear(width, width)})
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = rearrange(self.attn["qkv"](self.norm1(x)), "b n (three h k) -> three b h n k",
+                        three=3, h=self.heads)
+        x = x + self.attn["proj"](rearrange(attend(*qkv), "b h n k -> b n (h k)"))
+        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+
+class ViT(nn.Module):
+    """SigLIP-style image encoder (Sec. 3.2): every patch of the last layer, no class token."""
+
+    def __init__(self, image: int, patch: int, width: int, mlp: int, heads: int, layers: int):
+        super().__init__()
+        self.image, self.patch = image, patch
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
+        self.pos_embed = nn.Parameter(position_table(image // patch, width)[None] / 2)
+        self.blocks = nn.ModuleList(ViTBlock(width, mlp, heads) for _ in range(layers))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.init_local_attention()
+
+    @torch.no_grad()
+    def init_local_attention(self):
+        """A start that learns fast (ours, after Trockman and Kolter 2023): queries are keys, so a
+        patch attends to patches near its own, and what it finds there is subtracted."""
+        for block in self.blocks:
+            q, k, v = block.attn["qkv"].weight.chunk(3)
+            k.copy_(q.normal_(std=3 * len(q) ** -0.5))
+            block.attn["proj"].weight.copy_(-v.normal_(std=(0.4 / len(v)) ** 0.5).T)
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (b, 3, H, W) -> patch embeddings + positions (b, n, d)."""
+        return rearrange(self.patch_embed["proj"](pixels), "b d h w -> b (h w) d") + self.pos_embed
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (b, 3, H, W) -> features (b, n, d)."""
+        x = self.embed(pixels)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """uint8 images (b, h, w) of any size -> what forward takes."""
+        return vit_pixels(resize(images, self.image))
+
+    def patches(self, images: Tensor) -> Tensor:
+        """uint8 images (b, h, w) -> a feature a patch (b, n, d): the teacher of stage 2."""
+        return self(self.prepare(images))
+
+    def summary(self, images: Tensor) -> Tensor:
+        """uint8 images (b, h, w) -> one feature an image (b, d), for distances between sets."""
+        return self.patches(images).mean(1)
+
+
+def vit_pixels(images: Tensor) -> Tensor:
+    """uint8 or float (b, h, w) in [0, 255] -> float (b, 3, h, w), the ViT's input (released code).
+    """
+    return ((images.float() / 255 - .555895) / .336385)[:, None].expand(-1, 3, -1, -1)
+
+
+def resize(images: Tensor, side: int) -> Tensor:
+    """uint8 images (b, h, w) -> float (b, side, side) in [0, 255]."""
+    if images.shape[1:] == (side, side):
+        return images.float()
+    return F.interpolate(images[:, None].float(), (side, side), mode="bicubic",
+                         antialias=True).clamp(0, 255)[:, 0]
+
+
+class RadDino(ViT):
+    """RAD-DINO (a DINOv2 ViT-B/14): teacher of stage 2, features of the generation metrics.
+
+    DINOv2 is our ViT with a class token in front and each residual scaled; the scales are folded
+    into the projections. Any size that patches divide: the position table is resized.
+    """
+
+    def __init__(self, folder: Path, weights: dict[str, Tensor], about: dict, looks: dict):
+        """`weights`: Hugging Face names, older or newer; `about`: its config.json; `looks`: its
+        preprocessor_config.json, or {} for RAD-DINO's. Raises UserError."""
+        w = {self.newer(k): v.float() for k, v in weights.items()}
+        try:
+            proj, table = (w[f"embeddings.{k}"] for k in ("patch_embeddings.projection.weight",
+                                                          "position_embeddings"))
+            width, patch = proj.shape[0], proj.shape[-1]
+            super().__init__(patch * math.isqrt(table.shape[1] - 1), patch, width,
+                             w["encoder.layer.0.mlp.fc1.weight"].shape[0],
+                             about["num_attention_heads"], about["num_hidden_layers"])
+            self.pos_embed = nn.Parameter(table)
+            self.load_state_dict({
+                "pos_embed": table, "patch_embed.proj.weight": proj,
+                "patch_embed.proj.bias": w["embeddings.patch_embeddings.projection.bias"],
+                "norm.weight": w["layernorm.weight"], "norm.bias": w["layernorm.bias"],
+                **{f"blocks.{i}.{k}": v for i in range(len(self.blocks))
+                   for k, v in self.block(w, f"encoder.layer.{i}.").items()}})
+            self.cls = nn.Parameter(w["embeddings.cls_token"])
+        except (KeyError, RuntimeError) as e:       # RuntimeError: a tensor of another shape
+            raise UserError(f"{folder}: no DINOv2 model with plain MLPs; wrong is "
+                            f"{str(e).splitlines()[-1].strip()}") from None
+        self.side = (looks.get("crop_size") or {}).get("height", 518)
+        self.mean, self.std = ((looks.get(k) or [d])[0] for k, d in (("image_mean", 0.5307),
+                                                                     ("image_std", 0.2583)))
+        self.requires_grad_(False).eval()
+
+    @staticmethod
+    def newer(name: str) -> str:
+        """Older Hugging Face name of a tensor -> the newer one."""
+        name = re.sub(r"^dinov2\.", "", name).replace("attention.attention.", "attention.")
+        name = re.sub(r"\.(q|k|v)(?:uery|ey|alue)\.", r".\1_proj.", name)
+        return name.replace("attention.output.dense.", "attention.o_proj.")
+
+    @staticmethod
+    def block(w: dict[str, Tensor], at: str) -> dict[str, Tensor]:
+        """The tensors of our ViTBlock from those whose names begin with `at`."""
+        found = {}
+        for kind in ("weight", "bias"):
+            one, two = (w[f"{at}layer_scale{j}.lambda1"] for j in (1, 2))
+            if kind == "weight":
+                one, two = one[:, None], two[:, None]
+            for name in ("norm1", "norm2", "mlp.fc1"):
+                found[f"{name}.{kind}"] = w[f"{at}{name}.{kind}"]
+            found[f"mlp.fc2.{kind}"] = two * w[f"{at}mlp.fc2.{kind}"]
+            found[f"attn.proj.{kind}"] = one * w[f"{at}attention.o_proj.{kind}"]
+            found[f"attn.qkv.{kind}"] = torch.cat(
+                [w[f"{at}attention.{n}_proj.{kind}"] for n in "qkv"])
+        return found
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (b, 3, H, W) -> class token and patches (b, 1 + n, d)."""
+        x = self.patch_embed["proj"](pixels)
+        grid = rearrange(self.pos_embed[:, 1:], "1 (h w) d -> 1 d h w", h=self.image // self.patch)
+        if grid.shape[2:] != x.shape[2:]:
+            grid = F.interpolate(grid, x.shape[2:], mode="bicubic")
+        x = rearrange(x + grid, "b d h w -> b (h w) d")
+        return torch.cat([(self.cls + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        pixels = (resize(images, self.side) / 255 - self.mean) / self.std
+        return pixels[:, None].expand(-1, 3, -1, -1)
+
+    def patches(self, images: Tensor) -> Tensor:
+        return self(self.prepare(images))[:, 1:]
+
+    def summary(self, images: Tensor) -> Tensor:
+        return self(self.prepare(images))[:, 0]          # the class token
+
+
+class Connector(nn.Module):
+    """Two-layer MLP from image features to the language model's width: (b, n, d_v) -> (b, n, d).
+
+    tanh GELU, as released inference computes; the module used in training had the exact one.
+    """
+
+    def __init__(self, vit_width: int, width: int):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(vit_width, width), nn.GELU("tanh"),
+                                    nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+class LanguageModel(nn.Module):
+    """Token embeddings, the two-expert tower, and the head that predicts the next token."""
+
+    def __init__(self, vocab: int, layers: int, *sizes: int, share: int = 0):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab, sizes[0])
+        self.tower = Tower(layers, *sizes, share=share)
+        self.lm_head = Linear(sizes[0], vocab, bias=False)
+
+    def read_text(self, tokens: Tensor, length: Tensor, image: Tensor | None = None):
+        """Reads `[BOI image EOI]` (one RoPE id) and then text -> hidden of the text, Context.
+
+        tokens (b, l) padded on the right, `length` (b,) of them count; image (b, m, d) embedded
+        with its two markers. Without an image the text starts at RoPE id 0.
+        """
+        x, ids = self.embed_tokens(tokens), torch.arange(tokens.shape[1], device=tokens.device)
+        n_image = 0
+        if image is not None:
+            n_image = image.shape[1]
+            x = torch.cat([image, x], dim=1)
+            ids = torch.cat([ids.new_zeros(n_image), ids + 1])
+        hidden, context = self.tower.read_context(x, ids.expand(len(x), -1), length + n_image,
+                                                  n_image)
+        return hidden[:, n_image:], context
+
+
+def report_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Eq. 1: summed cross entropy of the report's tokens, and how many there are.
+
+    hidden (b, l, d), labels (b, l) with -100 where no loss is taken (prompt, image, padding).
+    """
+    at = labels != -100
+    return F.cross_entropy(head(hidden[at]).float(), labels[at], reduction="sum"), at.sum()
+
+
+def pick(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
+    """Next token of each row of logits (b, v): greedy at temperature 0, else sampled from the
+    smallest set of tokens whose probability reaches top_p (nucleus sampling)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
+    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)             # the first is never dropped
+    chosen = torch.multinomial(p.cpu(), 1, generator=generator).to(order.device)
+    return order.gather(-1, chosen)[:, 0]
+
+
+@torch.no_grad()
+def decode(lm: LanguageModel, tokens: Tensor, length: Tensor, image: Tensor | None, eos: int,
+           max_new: int, pick=lambda logits: logits.argmax(-1)):
+    """Writes token by token. Yields (next ids (b,), logits (b, v)); a finished sample yields eos.
+
+    Reads the context once, then feeds one token a step to a preallocated key/value cache. Ends
+    when every sample has written eos, or after max_new tokens.
+    """
+    hidden, context = lm.read_text(tokens, length, image)
+    b, rows = len(tokens), torch.arange(len(tokens), device=tokens.device)
+    size = context.kv[0][0].shape[2]
+    cache = [[F.pad(a, (0, 0, 0, max_new)) for a in pair] for pair in context.kv]
+    at, ids, done = context.length, context.next_id, torch.zeros_like(length, dtype=torch.bool)
+    hidden = hidden[rows, length - 1]
+    for i in range(max_new):
+        logits = lm.lm_head(hidden)
+        token = torch.where(done, eos, pick(logits))
+        yield token, logits
+        done |= token == eos
+        if done.all() or i + 1 == max_new:
+            return
+        hidden = lm.tower.step(lm.embed_tokens(token), ids + i, cache, at + i, size + i + 1,
+                               context.ragged)
+
+
+# --- tokenizer (Hugging Face's file format; you need not read on): text -> words ------------------
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 WORD = ("L", "M", "Nd", "Nl", "Pc")  # the Unicode categories that \w stands for
 # The parts of a regex: a property like \p{Lu} or \P{^N}, another escape, "[", "[^", "&&", any other
@@ -112,7 +355,7 @@ def _steps(spec: dict) -> list[Callable[[str], list[str]]]:
             pattern, behavior = f"(?:{pattern})+", "Isolated"
     else:
         raise UserError(f"tokenizer.json: the pre-tokenizer {kind} is not supported")
-    _compile(pattern)  # tells now what is not supported, not at the first text
+    _compile(pattern)  # an error comes now, not at the first text
     return [partial(_split, pattern, behavior, invert)]
 
 
@@ -126,7 +369,7 @@ class Tokenizer:
     """
 
     def __init__(self, spec: dict):
-        """`spec`: a parsed tokenizer.json; `load` tells what its errors mean."""
+        """`spec`: a parsed tokenizer.json; `load` turns errors into UserError."""
         self.spec, model = spec, spec["model"]
         kinds = re.findall(r'"type": "(\w+)"', json.dumps(spec.get("normalizer")))
         odd = {model.get("type", "BPE"), *kinds} - {"BPE", "NFC", "Sequence"}
@@ -263,239 +506,3 @@ class Tokenizer:
         added = [{"id": vocab[t], "content": t, **flags, "special": True} for t in special]
         return cls({"version": "1.0", "added_tokens": added, "pre_tokenizer": level,
                     "decoder": level, "model": {"type": "BPE", "vocab": vocab, "merges": merges}})
-
-
-# --- image encoders, connector, language model ----------------------------------------------------
-
-
-class ViTBlock(nn.Module):
-    """Pre-norm transformer block with timm's parameter names; x (b, n, d) -> (b, n, d)."""
-
-    def __init__(self, width: int, mlp: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = (nn.LayerNorm(width, eps=1e-6) for _ in range(2))
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width),
-                                   "proj": nn.Linear(width, width)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, mlp), "fc2": nn.Linear(mlp, width)})
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = rearrange(self.attn["qkv"](self.norm1(x)), "b n (three h k) -> three b h n k",
-                        three=3, h=self.heads)
-        x = x + self.attn["proj"](rearrange(attend(*qkv), "b h n k -> b n (h k)"))
-        return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
-
-
-class ViT(nn.Module):
-    """SigLIP-style image encoder (Sec. 3.2): every patch of the last layer, no class token."""
-
-    def __init__(self, image: int, patch: int, width: int, mlp: int, heads: int, layers: int):
-        super().__init__()
-        self.image, self.patch = image, patch
-        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, stride=patch)})
-        self.pos_embed = nn.Parameter(position_table(image // patch, width)[None] / 2)
-        self.blocks = nn.ModuleList(ViTBlock(width, mlp, heads) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.look_near()
-
-    @torch.no_grad()
-    def look_near(self):
-        """A start that learns fast (ours, after Trockman and Kolter 2023): queries are keys, so a
-        patch looks at places near its own, and what it finds there is subtracted."""
-        for block in self.blocks:
-            q, k, v = block.attn["qkv"].weight.chunk(3)
-            k.copy_(q.normal_(std=3 * len(q) ** -0.5))
-            block.attn["proj"].weight.copy_(-v.normal_(std=(0.4 / len(v)) ** 0.5).T)
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (b, 3, H, W) -> patch embeddings + positions (b, n, d)."""
-        return rearrange(self.patch_embed["proj"](pixels), "b d h w -> b (h w) d") + self.pos_embed
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (b, 3, H, W) -> features (b, n, d)."""
-        x = self.embed(pixels)
-        for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """uint8 images (b, h, w) of any size -> what forward takes."""
-        return vit_pixels(resize(images, self.image))
-
-    def patches(self, images: Tensor) -> Tensor:
-        """uint8 images (b, h, w) -> a feature a patch (b, n, d): the teacher of stage 2."""
-        return self(self.prepare(images))
-
-    def summary(self, images: Tensor) -> Tensor:
-        """uint8 images (b, h, w) -> one feature an image (b, d), for distances between sets."""
-        return self.patches(images).mean(1)
-
-
-def resize(images: Tensor, side: int) -> Tensor:
-    """uint8 images (b, h, w) -> float (b, side, side) in [0, 255]."""
-    if images.shape[1:] == (side, side):
-        return images.float()
-    return F.interpolate(images[:, None].float(), (side, side), mode="bicubic",
-                         antialias=True).clamp(0, 255)[:, 0]
-
-
-class RadDino(ViT):
-    """RAD-DINO (a DINOv2 ViT-B/14): teacher of stage 2, features of the generation metrics.
-
-    DINOv2 is our ViT with a class token in front and each residual scaled; the scales are folded
-    into the projections. Any size that patches divide: the position table is resized.
-    """
-
-    def __init__(self, folder: Path, weights: dict[str, Tensor], about: dict, looks: dict):
-        """`weights`: Hugging Face names, older or newer; `about`: its config.json; `looks`: its
-        preprocessor_config.json, or {} for RAD-DINO's. Raises UserError."""
-        w = {self.newer(k): v.float() for k, v in weights.items()}
-        try:
-            proj, places = (w[f"embeddings.{k}"] for k in ("patch_embeddings.projection.weight",
-                                                           "position_embeddings"))
-            width, patch = proj.shape[0], proj.shape[-1]
-            super().__init__(patch * math.isqrt(places.shape[1] - 1), patch, width,
-                             w["encoder.layer.0.mlp.fc1.weight"].shape[0],
-                             about["num_attention_heads"], about["num_hidden_layers"])
-            self.pos_embed = nn.Parameter(places)
-            self.load_state_dict({
-                "pos_embed": places, "patch_embed.proj.weight": proj,
-                "patch_embed.proj.bias": w["embeddings.patch_embeddings.projection.bias"],
-                "norm.weight": w["layernorm.weight"], "norm.bias": w["layernorm.bias"],
-                **{f"blocks.{i}.{k}": v for i in range(len(self.blocks))
-                   for k, v in self.block(w, f"encoder.layer.{i}.").items()}})
-            self.cls = nn.Parameter(w["embeddings.cls_token"])
-        except (KeyError, RuntimeError) as e:       # RuntimeError: a tensor of another shape
-            raise UserError(f"{folder}: no DINOv2 model with plain MLPs; wrong is "
-                            f"{str(e).splitlines()[-1].strip()}") from None
-        self.side = (looks.get("crop_size") or {}).get("height", 518)
-        self.mean, self.std = ((looks.get(k) or [d])[0] for k, d in (("image_mean", 0.5307),
-                                                                     ("image_std", 0.2583)))
-        self.requires_grad_(False).eval()
-
-    @staticmethod
-    def newer(name: str) -> str:
-        """Older Hugging Face name of a tensor -> the newer one."""
-        name = re.sub(r"^dinov2\.", "", name).replace("attention.attention.", "attention.")
-        name = re.sub(r"\.(q|k|v)(?:uery|ey|alue)\.", r".\1_proj.", name)
-        return name.replace("attention.output.dense.", "attention.o_proj.")
-
-    @staticmethod
-    def block(w: dict[str, Tensor], at: str) -> dict[str, Tensor]:
-        """The tensors of our ViTBlock from those whose names begin with `at`."""
-        found = {}
-        for kind in ("weight", "bias"):
-            one, two = (w[f"{at}layer_scale{j}.lambda1"] for j in (1, 2))
-            if kind == "weight":
-                one, two = one[:, None], two[:, None]
-            for name in ("norm1", "norm2", "mlp.fc1"):
-                found[f"{name}.{kind}"] = w[f"{at}{name}.{kind}"]
-            found[f"mlp.fc2.{kind}"] = two * w[f"{at}mlp.fc2.{kind}"]
-            found[f"attn.proj.{kind}"] = one * w[f"{at}attention.o_proj.{kind}"]
-            found[f"attn.qkv.{kind}"] = torch.cat(
-                [w[f"{at}attention.{n}_proj.{kind}"] for n in "qkv"])
-        return found
-
-    def embed(self, pixels: Tensor) -> Tensor:
-        """Normalised pixels (b, 3, H, W) -> class token and patches (b, 1 + n, d)."""
-        x = self.patch_embed["proj"](pixels)
-        grid = rearrange(self.pos_embed[:, 1:], "1 (h w) d -> 1 d h w", h=self.image // self.patch)
-        if grid.shape[2:] != x.shape[2:]:
-            grid = F.interpolate(grid, x.shape[2:], mode="bicubic")
-        x = rearrange(x + grid, "b d h w -> b (h w) d")
-        return torch.cat([(self.cls + self.pos_embed[:, :1]).expand(len(x), -1, -1), x], dim=1)
-
-    def prepare(self, images: Tensor) -> Tensor:
-        pixels = (resize(images, self.side) / 255 - self.mean) / self.std
-        return pixels[:, None].expand(-1, 3, -1, -1)
-
-    def patches(self, images: Tensor) -> Tensor:
-        return self(self.prepare(images))[:, 1:]
-
-    def summary(self, images: Tensor) -> Tensor:
-        return self(self.prepare(images))[:, 0]          # the class token
-
-
-class Connector(nn.Module):
-    """Two-layer MLP from image features to the language model's width: (b, n, d_v) -> (b, n, d).
-
-    tanh GELU, as released inference computes; the module used in training had the exact one.
-    """
-
-    def __init__(self, vit_width: int, width: int):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(vit_width, width), nn.GELU("tanh"),
-                                    nn.Linear(width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layers(x)
-
-
-class LanguageModel(nn.Module):
-    """Token embeddings, the two-expert tower, and the head that predicts the next token."""
-
-    def __init__(self, vocab: int, layers: int, *sizes: int, share: int = 0):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(vocab, sizes[0])
-        self.tower = Tower(layers, *sizes, share=share)
-        self.lm_head = Linear(sizes[0], vocab, bias=False)
-
-    def read(self, tokens: Tensor, length: Tensor, image: Tensor | None = None):
-        """Reads `[BOI image EOI]` (one RoPE id) and then text -> hidden of the text, Context.
-
-        tokens (b, l) padded on the right, `length` (b,) of them count; image (b, m, d) embedded
-        with its two markers. Without an image the text starts at RoPE id 0.
-        """
-        x, ids = self.embed_tokens(tokens), torch.arange(tokens.shape[1], device=tokens.device)
-        n_image = 0
-        if image is not None:
-            n_image = image.shape[1]
-            x = torch.cat([image, x], dim=1)
-            ids = torch.cat([ids.new_zeros(n_image), ids + 1])
-        hidden, context = self.tower.read(x, ids.expand(len(x), -1), length + n_image, n_image)
-        return hidden[:, n_image:], context
-
-
-def report_loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 1: summed cross entropy of the report's tokens, and how many there are.
-
-    hidden (b, l, d), labels (b, l) with -100 where no loss is taken (prompt, image, padding).
-    """
-    at = labels != -100
-    return F.cross_entropy(head(hidden[at]).float(), labels[at], reduction="sum"), at.sum()
-
-
-def pick(logits: Tensor, temperature: float, top_p: float, generator=None) -> Tensor:
-    """Next token of each row of logits (b, v): greedy at temperature 0, else sampled from the
-    smallest set of tokens whose probability reaches top_p (nucleus sampling)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    p, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-    p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)             # the first is never dropped
-    drawn = torch.multinomial(p.cpu(), 1, generator=generator).to(order.device)
-    return order.gather(-1, drawn)[:, 0]
-
-
-@torch.no_grad()
-def decode(lm: LanguageModel, tokens: Tensor, length: Tensor, image: Tensor | None, eos: int,
-           max_new: int, pick=lambda logits: logits.argmax(-1)):
-    """Writes token by token. Yields (next ids (b,), logits (b, v)); a finished sample yields eos.
-
-    Reads the context once, then feeds one token a step to a preallocated key/value cache. Ends
-    when every sample has written eos, or after max_new tokens.
-    """
-    hidden, context = lm.read(tokens, length, image)
-    b, rows = len(tokens), torch.arange(len(tokens), device=tokens.device)
-    size = context.kv[0][0].shape[2]
-    cache = [[F.pad(a, (0, 0, 0, max_new)) for a in pair] for pair in context.kv]
-    at, ids, done = context.length, context.next_id, torch.zeros_like(length, dtype=torch.bool)
-    hidden = hidden[rows, length - 1]
-    for i in range(max_new):
-        logits = lm.lm_head(hidden)
-        token = torch.where(done, eos, pick(logits))
-        yield token, logits
-        done |= token == eos
-        if done.all() or i + 1 == max_new:
-            return
-        hidden = lm.tower.step(lm.embed_tokens(token), ids + i, cache, at + i, size + i + 1,
-                               context.ragged)

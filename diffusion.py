@@ -1,8 +1,8 @@
 """Generation: rectified flow, latent embeddings and the autoencoder (Sec. 3.3, Eq. 2).
 
-Time runs from t = 0, the image, to t = 1, noise: x_t = (1 - t) x0 + t eps; the network learns the
-velocity v = eps - x0 (in `tiny` it tells x0, and v follows from it: `velocity_from_x0`); the sampler
-walks from 1 to 0 and SUBTRACTS v dt.
+Time runs from t = 0, the image, to t = 1, noise: x_t = (1 - t) x0 + t eps. The network predicts the
+velocity v = eps - x0 (in `tiny` it predicts x0, and v follows: `velocity_from_x0`). The sampler
+walks from t = 1 to 0 and SUBTRACTS v dt.
 
 Letters: b batch, c latent channels, h w latent rows and columns, n = h w tokens, d width,
 H W pixels.
@@ -22,14 +22,14 @@ from joint_attn import attend
 # ---------------------------------------------------------------- rectified flow, without a model
 
 
-def spread(t: Tensor, like: Tensor) -> Tensor:
+def broadcast(t: Tensor, like: Tensor) -> Tensor:
     """(b,) -> (b, 1, ..., 1), to be multiplied with `like`."""
     return t.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def path(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     """Point x_t on the straight line from image x0 (t = 0) to noise eps (t = 1); t (b,)."""
-    t = spread(t, x0)
+    t = broadcast(t, x0)
     return (1 - t) * x0 + t * eps
 
 
@@ -38,10 +38,10 @@ def target(x0: Tensor, eps: Tensor) -> Tensor:
     return eps - x0
 
 
-def velocity_from_x0(image: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """Velocity at x_t of the line from `image`, a guess of x0: (x_t - x0) / t; below t = 0.5 divided
-    by 0.5, so that a wrong guess counts at most twice (Li and He 2025, arXiv 2511.13720)."""
-    return (x - image) / spread(t, x).clamp(min=0.5)
+def velocity_from_x0(x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+    """Velocity of the line through x_t that begins at a predicted x0: (x_t - x0) / t. Below t = 0.5
+    it divides by 0.5: a wrong x0 then counts at most twice (Li and He 2025, arXiv 2511.13720)."""
+    return (x_t - x0) / broadcast(t, x_t).clamp(min=0.5)
 
 
 def shift_time(t: Tensor, s: float) -> Tensor:
@@ -59,9 +59,21 @@ def velocity_loss(v: Tensor, x0: Tensor, eps: Tensor) -> Tensor:
     return (v.float() - target(x0, eps)).square().flatten(1).mean(1)
 
 
+def repa_loss(states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """REPA (Sec. 3.4): negative cosine between projected states (b, n, d) and a teacher's features
+    (b, m, d) of the clean image, one value a sample -> (b,). The states lie on `grid` = (h, w), the
+    features on a square that is resized to it in 2-D (the released code stretches the raster)."""
+    side = math.isqrt(features.shape[1])
+    features = rearrange(features, "b (h w) d -> b d h w", h=side)
+    if (side, side) != grid:
+        features = F.interpolate(features, grid, mode="area" if grid[0] < side else "bilinear")
+    features = rearrange(features, "b d h w -> b (h w) d")
+    return -F.cosine_similarity(states.float(), features, dim=-1).mean(1)
+
+
 def guide(cond: Tensor, uncond: Tensor, scale: float, renorm="global", least=0.0) -> Tensor:
     """Classifier-free guidance, all (b, n, c): uncond + scale (cond - uncond), then scaled down to
-    be no longer than cond: over a sample ("global"), over each token ("channel"), or not (None);
+    be no longer than cond: over a sample ("global"), over each token ("channel"), or not (None).
     `least` is the smallest factor allowed (released code)."""
     v = uncond + scale * (cond - uncond)
     if renorm is None:
@@ -78,8 +90,8 @@ def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 
     velocity(x, t, guided) -> v, or if guided (v with the caption, v without): one pass may do both.
     `points` times on linspace(1, 0) make points - 1 steps.
     Guidance is on while lo < t <= hi, t taken after the shift; elsewhere a step costs half.
-    `eta` in [0, 1] (ours; DDIM's, Song et al. 2021): 0 draws no new noise, 1 as much as DDPM, by
-    noise() like x, so that later steps mend what earlier ones got wrong.
+    `eta` in [0, 1] (ours; DDIM's, Song et al. 2021): fresh noise in each step, 0 none, 1 as much as
+    DDPM; noise() gives noise like x. With it, later steps correct earlier ones.
     """
     times = shift_time(torch.linspace(1, 0, points), shift)
     for t, after in zip(times[:-1], times[1:]):
@@ -98,6 +110,16 @@ def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 
 # ---------------------------------------------------------------- latents and tokens
 
 
+def vae_pixels(images: Tensor) -> Tensor:
+    """uint8 (b, h, w) -> float (b, 3, h, w) in [-1, 1], the VAE's input (released code)."""
+    return (images.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> uint8 of the same shape, by truncation (released code)."""
+    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+
+
 def to_tokens(latents: Tensor, patch: int) -> Tensor:
     """Latents (b, c, h, w) -> tokens (b, n, patch patch c), squares of them row by row (the
     released code's order; its own `latent_patch_size` is 1)."""
@@ -105,7 +127,7 @@ def to_tokens(latents: Tensor, patch: int) -> Tensor:
 
 
 def to_latents(tokens: Tensor, rows: int, patch: int) -> Tensor:
-    """The inverse, for tokens in so many rows."""
+    """The inverse, for tokens in `rows` rows."""
     return rearrange(tokens, "b (h w) (p q c) -> b c (h p) (w q)", h=rows, p=patch, q=patch)
 
 
@@ -132,7 +154,7 @@ class TimeEmbedder(nn.Module):
 
 def position_table(side: int, width: int) -> Tensor:
     """Frozen 2-D sin-cos table (side * side, d), row * side + column: the first half of the
-    channels tells the column, the second the row, each as [sin | cos] (released code)."""
+    channels is the column, the second the row, each as [sin | cos] (released code)."""
     rate = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angle = torch.arange(side, dtype=torch.float64)[:, None] * rate
     line = torch.cat([angle.sin(), angle.cos()], dim=1)                 # (side, d / 2)
@@ -141,9 +163,9 @@ def position_table(side: int, width: int) -> Tensor:
 
 
 def position_ids(h: int, w: int, side: int, interpolate=False) -> Tensor:
-    """Table rows of h x w tokens -> (h w,). A larger image reads more of the table, so
-    going from 256 to 512 px (stage 3) adds no weights: more of it from the corner, or, with
-    `interpolate` (released code, off there), more places spread evenly over all of it."""
+    """Table rows of h x w tokens -> (h w,). A larger image reads more of the table, so 512 px
+    (stage 3) need no new weights: more of it from the corner or, with `interpolate` (released code,
+    off there), more rows and columns spread evenly over all of it."""
     row, column = torch.arange(h), torch.arange(w)
     if interpolate:
         row, column = row * side // h, column * side // w
@@ -166,7 +188,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One head over all places of a feature map (b, c, h, w)."""
+    """One head over all position_ids of a feature map (b, c, h, w)."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -251,26 +273,25 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """KL autoencoder with CompVis parameter names. `attn` lists the levels with attention.
-    `groups` of the group norms: 32, or fewer for few channels, where 32 would leave one channel to
-    a group and forget its brightness."""
+    """KL autoencoder with CompVis parameter names. `attn` lists the levels with attention. `groups`
+    of the norms: fewer than 32 for few channels, since a group of one forgets its brightness."""
 
     def __init__(self, ch=128, mult=(1, 1, 2, 2, 4), blocks=2, attn=(4,), z=16, embed=16,
-                 scale=0.238092, shift=-0.201906, groups=32):
+                 scale=0.238092, latent_mean=-0.201906, groups=32):
         super().__init__()
         self.encoder = Encoder(ch, mult, blocks, attn, z)
         self.decoder = Decoder(ch, mult, blocks, attn, z)
         self.quant_conv = nn.Conv2d(2 * z, 2 * embed, 1)
         self.post_quant_conv = nn.Conv2d(embed, z, 1)
         self.factor, self.channels = 2 ** (len(mult) - 1), embed
-        self.scale, self.shift, self.groups = scale, shift, groups
+        self.scale, self.latent_mean, self.groups = scale, latent_mean, groups
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
                 module.num_groups = groups
-        self.ease()
+        self.init_weights()
 
     @torch.no_grad()
-    def ease(self):
+    def init_weights(self):
         """Starts training well (ours): orthogonal convolutions, so that more of the latents'
         channels are used, every residual adds nothing, latents have little noise."""
         for name, p in self.named_parameters():
@@ -298,17 +319,12 @@ class VAE(nn.Module):
         return self.quant_conv(self.encoder(pixels))
 
     def latents(self, moments: Tensor, eps: Tensor | None = None) -> Tensor:
-        """Draws from the posterior (eps None: its mean) -> latents in the model's units
+        """A sample of the posterior, by noise eps (None: its mean) -> latents in the model's units
         (b, c, h, w)."""
         mean, logvar = moments.chunk(2, dim=1)
         z = mean if eps is None else mean + eps * (0.5 * logvar.clamp(-30, 20)).exp()
-        return self.scale * (z - self.shift)
+        return self.scale * (z - self.latent_mean)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (b, c, h, w) in the model's units -> pixels (b, 3, H, W), not clamped."""
-        return self.decoder(self.post_quant_conv(latents / self.scale + self.shift))
-
-
-def to_uint8(pixels: Tensor) -> Tensor:
-    """Pixels in [-1, 1] -> uint8 of the same shape, by truncation (released code)."""
-    return ((pixels / 2 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
+        return self.decoder(self.post_quant_conv(latents / self.scale + self.latent_mean))

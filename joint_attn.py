@@ -1,13 +1,16 @@
 """Cross-modal self-attention: two sets of weights, one softmax (Sec. 3.3, Eq. 3-5).
 
-A layer holds two experts of one class. `und` computes q, k, v of text, image features and
-begin/end-of-image markers; `gen` those of noisy latents (Eq. 3, 4). One softmax runs over all of
-them (Eq. 5); then each expert finishes its own tokens with its own output projection and MLP.
-Text never sees latents, so it is read once into a `Context` that every denoising step attends to.
+A layer holds two experts of one class. Expert `und` computes q, k, v of text, image features and
+begin/end-of-image markers, expert `gen` those of noisy latents (Eq. 3, 4). One softmax runs over
+all tokens (Eq. 5). Then each expert finishes its own tokens with its own o projection and MLP.
 
-Letters: b batch, l tokens, d width, h query heads, g key/value heads, k head width.
-Masks: reading is causal, drawing sees everything, so no (l, l) mask is ever built; a ragged batch
-needs one flag a key, (b, 1, 1, l).
+Text never sees latents. So a caption is read once, into a `Context` of keys and values, and every
+denoising step attends to that.
+
+Letters: b batch, l tokens, n latents, d width, h query heads, g key/value heads, k head width.
+Text is read causally, latents see everything: both are plain calls of the fused attention, and no
+(l, l) mask is ever built. A batch with padding needs one flag a key, (b, 1, 1, l).
+tests/test_joint_attn.py has the slow version: token by token, with a dense mask.
 """
 
 import math
@@ -22,14 +25,14 @@ EPS, THETA = 1e-6, 10000.0  # RMSNorm and RoPE constants (released code; not rea
 
 
 class Context(NamedTuple):
-    """What has been read: keys and values of every layer, and where the next token stands."""
+    """Text that was read: keys and values of every layer, and the position of the next token."""
     kv: list          # per layer: k and v, each (b, g, l, k), keys normed and rotated
-    length: Tensor    # (b,) tokens that count in each sample; those behind are padding
-    next_id: Tensor   # (b,) RoPE id of the next token (an image block takes just one)
-    ragged: bool      # lengths differ, so that drawing needs a key mask
+    length: Tensor    # (b,) tokens of each sample; those behind them are padding
+    next_id: Tensor   # (b,) RoPE id of the next token (a whole image block has one id)
+    ragged: bool      # lengths differ, so that latents need a key mask
 
     def mask(self, extra: int) -> Tensor | None:
-        """True where a key counts: (b, 1, 1, l + extra), or None if all of them do."""
+        """True at keys that are no padding: (b, 1, 1, l + extra). None if no key is padding."""
         if not self.ragged:
             return None
         at = torch.arange(self.kv[0][0].shape[2], device=self.length.device)
@@ -52,37 +55,21 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, EPS)
-
-
-class Linear(nn.Linear):
-    """nn.Linear that reads its weights with all cores of a CPU when there are few rows, as parts
-    of W times x^T: F.linear reads them with one core, or slower (twice the time, tests/bench.py).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        few = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= 8 * x.shape[-1]
-        if not few or self.weight.numel() < 1 << 18:        # small ones are in the cache anyway
-            return super().forward(x)
-        parts, n = math.gcd(self.out_features, 8), self.in_features
-        w, rows = self.weight.view(parts, -1, n), x.reshape(-1, n).T.expand(parts, -1, -1)
-        y = torch.bmm(w, rows) if self.bias is None else torch.baddbmm(
-            self.bias.view(parts, -1, 1), w, rows)              # (parts, out / parts, rows)
-        return y.flatten(0, 1).T.contiguous().view(*x.shape[:-1], -1)
+    def forward(self, x: Tensor) -> Tensor:     # autocast: x is bf16; a fp32 weight would be slow
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), EPS)
 
 
 def rope(ids: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of RoPE ids (b, l) -> each (b, 1, l, dim), fp32; see `rotate`."""
+    """Cosines and sines of RoPE ids (b, l) -> each (b, 1, l, dim), fp32; for `rotate`."""
     rate = THETA ** -(torch.arange(0, dim, 2, device=ids.device) / dim)
     angle = ids[:, None, :, None].float() * torch.cat([-rate, rate])
     return angle.cos(), angle.sin()
 
 
-def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns x (b, h, l, k) by `rope(...)`; halves are pairs (LLaMA's rotate-half:
-    the sines of the first half are negative)."""
-    cos, sin = turn
+def rotate(x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotates x (b, h, l, k) by `rope(...)`. Channel i and channel i + k/2 are a pair (LLaMA's
+    rotate-half), and the sines of the first half are negative."""
+    cos, sin = cos_sin
     return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)
 
 
@@ -109,12 +96,12 @@ class Expert(nn.Module):
         self.up_proj = Linear(width, mlp, bias=False)
         self.down_proj = Linear(mlp, width, bias=False)
 
-    def qkv(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, cos_sin: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Eq. 3 for this expert's tokens: x (b, l, d) -> q (b, h, l, k), k and v (b, g, l, k)."""
         x = self.input_layernorm(x)
         q, k, v = (proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(self.q_norm(q), turn), rotate(self.k_norm(k), turn), v
+        return rotate(self.q_norm(q), cos_sin), rotate(self.k_norm(k), cos_sin), v
 
     def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
         """Adds the attention result (b, h, l, k), then the MLP, to the tokens x (b, l, d)."""
@@ -124,42 +111,44 @@ class Expert(nn.Module):
 
 
 class Layer(nn.Module):
-    """Two experts, one attention. `shared` makes them one object (the paper's counterpart)."""
+    """Two experts, one attention. `shared` makes the two one object (the paper's opponent)."""
 
     def __init__(self, *sizes: int, shared: bool = False):
         super().__init__()
         self.und = Expert(*sizes)
         self.gen = self.und if shared else Expert(*sizes)
 
-    def read(self, x: Tensor, turn, n_image: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Reads [image block | text], x (b, l, d): the block sees itself, text sees all before it.
+    def read(self, x: Tensor, cos_sin, n_image: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """[image block | text], x (b, l, d) -> (b, l, d), and the keys and values.
 
-        One causal pass is right for every text row; the rows of the block are done again in full.
+        Text sees everything before it; the image block, the first n_image tokens, sees itself.
+        One causal pass is right for all text. Then the block attends again, without the mask.
         """
-        q, k, v = self.und.qkv(x, turn)
+        q, k, v = self.und.qkv(x, cos_sin)
         mixed = attend(q, k, v, causal=True)
         if n_image:
-            block = attend(*(a[:, :, :n_image] for a in (q, k, v)))
-            mixed = torch.cat([block, mixed[:, :, n_image:]], dim=2)
+            q_i, k_i, v_i = (a[:, :, :n_image] for a in (q, k, v))
+            mixed = torch.cat([attend(q_i, k_i, v_i), mixed[:, :, n_image:]], dim=2)
         return self.und.finish(x, mixed), (k, v)
 
-    def draw(self, marks: Tensor, x: Tensor, turn, past, mask, frozen: bool):
-        """One layer over [context | marks | latents]: marks (b, 2, d) are und's, x (b, n, d) gen's;
-        `past`: the context's keys and values of this layer, or (). Returns new marks and x.
+    def denoise(self, boi_eoi: Tensor, x: Tensor, cos_sin, past, mask, frozen: bool):
+        """[context | markers | latents]: boi_eoi (b, 2, d), x (b, n, d) -> the same two, new.
 
-        All see the context and each other. `frozen`: nothing on und's side gets a gradient.
+        `past`: this layer's keys and values of the context, or None. Markers and latents see the
+        context and each other. `frozen`: expert `und` gets no gradient.
         """
-        grad = torch.is_grad_enabled() and not frozen
-        with torch.set_grad_enabled(grad):
-            q_u, k_u, v_u = self.und.qkv(marks, turn)
-        q_g, k_g, v_g = self.gen.qkv(x, turn)                           # Eq. 3: d_u, d_g
-        q = torch.cat([q_u, q_g], dim=2)
-        k = torch.cat([*past[:1], k_u, k_g], dim=2)
-        v = torch.cat([*past[1:], v_u, v_g], dim=2)
-        mixed = attend(q, k, v, mask)                                   # Eq. 5: one softmax
-        with torch.set_grad_enabled(grad):
-            marks = self.und.finish(marks, mixed[:, :, :marks.shape[1]])
-        return marks, self.gen.finish(x, mixed[:, :, marks.shape[1]:])
+        und_grad = torch.is_grad_enabled() and not frozen
+        with torch.set_grad_enabled(und_grad):
+            q_u, k_u, v_u = self.und.qkv(boi_eoi, cos_sin)      # Eq. 3, 4 where d_u = 1
+        q_g, k_g, v_g = self.gen.qkv(x, cos_sin)                # Eq. 3, 4 where d_g = 1
+        q, k, v = (torch.cat(pair, dim=2) for pair in ((q_u, q_g), (k_u, k_g), (v_u, v_g)))
+        if past is not None:
+            k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
+        mixed = attend(q, k, v, mask)                           # Eq. 5, one softmax over all
+        mixed_u, mixed_g = mixed.split([boi_eoi.shape[1], x.shape[1]], dim=2)
+        with torch.set_grad_enabled(und_grad):
+            boi_eoi = self.und.finish(boi_eoi, mixed_u)
+        return boi_eoi, self.gen.finish(x, mixed_g)
 
 
 class Tower(nn.Module):
@@ -174,20 +163,18 @@ class Tower(nn.Module):
         self.head_dim, self.checkpointing = sizes[3], False
 
     def _run(self, layer, *args):
-        if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(layer, *args, use_reentrant=False)
-        return layer(*args)
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        return checkpoint(layer, *args, use_reentrant=False) if recompute else layer(*args)
 
-    def read(self, x: Tensor, ids: Tensor, length: Tensor, n_image: int = 0):
-        """Reads tokens x (b, l, d) with RoPE ids (b, l) -> hidden (b, l, d) after the norm, and
-        the Context.
+    def read_context(self, x: Tensor, ids: Tensor, length: Tensor, n_image: int = 0):
+        """Tokens x (b, l, d) with RoPE ids (b, l) -> hidden (b, l, d) after the norm, Context.
 
         The first n_image tokens are an image block. Samples shorter than l are padded on the
-        right, where causality keeps padding from changing anything; `length` (b,) says how long.
+        right, where causality keeps padding from changing anything; `length` (b,) counts tokens.
         """
-        turn, kv = rope(ids, self.head_dim), []
+        cos_sin, kv = rope(ids, self.head_dim), []
         for layer in self.layers:
-            x, pair = self._run(layer.read, x, turn, n_image)
+            x, pair = self._run(layer.read, x, cos_sin, n_image)
             kv.append(pair)
         next_id = ids.gather(1, length[:, None] - 1)[:, 0] + 1
         return self.norm(x), Context(kv, length, next_id, bool((length < x.shape[1]).any()))
@@ -195,38 +182,49 @@ class Tower(nn.Module):
     def step(self, x: Tensor, ids: Tensor, cache: list, at: Tensor, end: int, ragged: bool):
         """Reads one more token a sample: x (b, d) with RoPE ids (b,) -> hidden (b, d).
 
-        `cache`: per layer k and v, (b, g, size, k); row `at` (b,) is written, rows < `end` read.
+        `cache`: per layer k and v, (b, g, size, k). Row `at` (b,) is written, rows < `end` read.
         """
-        x, turn, rows = x[:, None], rope(ids[:, None], self.head_dim), torch.arange(len(x))
-        mask = None
-        if ragged:
-            mask = (torch.arange(end, device=x.device) <= at[:, None])[:, None, None]
+        x, cos_sin, rows = x[:, None], rope(ids[:, None], self.head_dim), torch.arange(len(x))
+        mask = (torch.arange(end, device=x.device) <= at[:, None])[:, None, None]   # (b, 1, 1, end)
         for layer, (keys, values) in zip(self.layers, cache):
-            q, k, v = layer.und.qkv(x, turn)
+            q, k, v = layer.und.qkv(x, cos_sin)
             keys[rows, :, at], values[rows, :, at] = k[:, :, 0], v[:, :, 0]
-            x = layer.und.finish(x, attend(q, keys[:, :, :end], values[:, :, :end], mask))
+            x = layer.und.finish(x, attend(q, keys[:, :, :end], values[:, :, :end],
+                                           mask if ragged else None))
         return self.norm(x)[:, 0]
 
-    def draw(self, marks: Tensor, x: Tensor, context: Context | None, frozen=True, tap=0,
-             keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Runs the noisy block, marks (b, 2, d) and latents x (b, n, d), after the context (None:
-        empty) -> x (b, n, d) after the norm.
-
-        Also returns the latents' states after layer `tap` (counted from 1; None if 0), for REPA.
-        The whole block has one RoPE id, so the order inside it, markers first, is of no matter.
-        `keep` (b, n) is False at latents that only pad a batch of images of several sizes.
+    def denoise(self, boi_eoi: Tensor, x: Tensor, context: Context | None, frozen=True,
+                repa_layer=0, latent_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Markers (b, 2, d) and noisy latents x (b, n, d) after a context (None: an empty one)
+        -> x (b, n, d) after the norm, and the states of x after layer `repa_layer` (1 is the
+        first; None if 0). The block has one RoPE id, so its order, markers first, changes nothing.
+        `latent_mask` (b, n) is False at padding in a batch of images of several sizes.
         """
-        b, n, tapped = *x.shape[:2], None
+        b, n, repa_states = *x.shape[:2], None
         ids = context.next_id if context else x.new_zeros(b, dtype=torch.long)
-        mask = context.mask(marks.shape[1] + n) if context else None
-        if keep is not None:
-            read = context.kv[0][0].shape[2] if context else 0
-            if mask is None:
-                mask = keep.new_ones(b, 1, 1, read + marks.shape[1] + n)
-            mask = torch.cat([mask[..., :-n], keep[:, None, None]], dim=-1)
-        turn = rope(ids[:, None], self.head_dim)
-        for i, layer in enumerate(self.layers):
-            past = context.kv[i] if context else ()
-            marks, x = self._run(layer.draw, marks, x, turn, past, mask, frozen)
-            tapped = x if i + 1 == tap else tapped
-        return self.norm_gen(x), tapped
+        mask = context.mask(2 + n) if context else None
+        if latent_mask is not None:
+            seen = 2 + (context.kv[0][0].shape[2] if context else 0)
+            before = latent_mask.new_ones(b, 1, 1, seen) if mask is None else mask[..., :-n]
+            mask = torch.cat([before, latent_mask[:, None, None]], dim=-1)
+        cos_sin = rope(ids[:, None], self.head_dim)
+        for i, layer in enumerate(self.layers, 1):
+            past = context.kv[i - 1] if context else None
+            boi_eoi, x = self._run(layer.denoise, boi_eoi, x, cos_sin, past, mask, frozen)
+            repa_states = x if i == repa_layer else repa_states
+        return self.norm_gen(x), repa_states
+
+
+class Linear(nn.Linear):
+    """nn.Linear, 2.1 times as fast for up to 8 rows on a CPU (`mid`, tests/bench.py): parts of
+    W times x^T keep all cores busy, where F.linear reads W with one. You may skip this."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        few = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() <= 8 * x.shape[-1]
+        if not few or self.weight.numel() < 1 << 18 or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)                   # small weights are in the caches anyway
+        parts, n = math.gcd(self.out_features, 8), self.in_features
+        w, rows = self.weight.view(parts, -1, n), x.reshape(-1, n).T.expand(parts, -1, -1)
+        y = torch.bmm(w, rows) if self.bias is None else torch.baddbmm(
+            self.bias.view(parts, -1, 1), w, rows)              # (parts, out / parts, rows)
+        return y.flatten(0, 1).T.contiguous().view(*x.shape[:-1], -1)

@@ -84,8 +84,9 @@ import torch                                              # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
 from data import (CLASSES, UserError, atomic, heart_width, label_report, locate,  # noqa: E402
-                  open_data, read_image, save_image, sheet, square, vae_pixels, vit_pixels)
-from diffusion import to_uint8                            # noqa: E402
+                  open_data, read_image, save_image, sheet, square)
+from ar import vit_pixels                                 # noqa: E402
+from diffusion import to_uint8, vae_pixels                            # noqa: E402
 from unix import INSTRUCTIONS, UniX, load_rad_dino        # noqa: E402
 
 
@@ -431,7 +432,7 @@ def evaluate(args):
     model = load(args)
     size = args.size or model.config.resolution
     if model.vae is not None:
-        model.side(size)
+        model.latent_rows(size)
     encoder = load_rad_dino(args.features).to(model.device) if args.features else model.vit
     data = open_data(args.data, args.split, max(size, model.config.vit_image))
     results = Results(args, model, data)

@@ -135,10 +135,9 @@ from torch import Tensor, nn                              # noqa: E402
 from PIL import Image, ImageDraw                          # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
-from ar import Tokenizer                                  # noqa: E402
-from data import (UserError, atomic, batches, open_data, sheet, vae_pixels,  # noqa: E402
-                  vit_pixels)
-from diffusion import VAE, sample_time, to_uint8          # noqa: E402
+from ar import Tokenizer, vit_pixels                                  # noqa: E402
+from data import (UserError, atomic, batches, open_data, sheet)  # noqa: E402
+from diffusion import VAE, repa_loss, sample_time, to_uint8, vae_pixels          # noqa: E402
 from joint_attn import Context                            # noqa: E402
 from unix import (INSTRUCTIONS, PRESETS, SPECIAL, Config, UniX, load_rad_dino,  # noqa: E402
                   load_vae, save_vae)
@@ -332,7 +331,7 @@ class Contexts:
 
         @torch.no_grad()
         def read(rows: list[int]):
-            context = model.read([ids[i] for i in rows])
+            context = model.read_captions([ids[i] for i in rows])
             kv = torch.stack([torch.stack(pair) for pair in context.kv])  # (layers, 2, b, g, l, k)
             for own, i in zip(kv.permute(2, 4, 0, 1, 3, 5).cpu(), rows):
                 self.kv[self.begin[i]:self.begin[i + 1]] = own[:length[i]]
@@ -388,7 +387,7 @@ class Trainer:
         if stage.trains != "vae":
             model.lm.tower.checkpointing = options.checkpointing
             for layer in model.lm.tower.layers if options.compile else ():
-                layer.read, layer.draw = torch.compile(layer.read), torch.compile(layer.draw)
+                layer.read, layer.denoise = torch.compile(layer.read), torch.compile(layer.denoise)
 
     def choose(self) -> dict[str, nn.Parameter]:
         """Freezes everything, then frees what this stage trains (Table 1)."""
@@ -476,7 +475,7 @@ class Trainer:
     def report_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
         """Eq. 1, summed over the reports' tokens."""
         prompts = [self.model.ids(INSTRUCTIONS[i]) for i in draw["prompt"].tolist()]
-        total, _ = self.model.report_loss(vit_pixels(batch["image"].to(self.device)), prompts,
+        total, _ = self.model.understanding_loss(vit_pixels(batch["image"].to(self.device)), prompts,
                                           [self.model.ids(r) for r in batch["report"]])
         return {"text": total}
 
@@ -484,17 +483,17 @@ class Trainer:
         """Eq. 2 and the alignment of stage 2, summed over images."""
         model, device = self.model, self.device
         x0 = self.vae.latents(batch["moments"].to(device), draw["z"].to(device))
-        frozen, tap = not self.both, round(model.config.layers * 8 / 24) if self.projector else 0
+        frozen, repa_layer = not self.both, round(model.config.layers * 8 / 24) if self.projector else 0
         context, dropped = None, draw["keep"].to(device) < 0.1      # for guidance
         with torch.set_grad_enabled(not frozen):    # frozen understanding: no gradient, no graph
             if self.contexts:
                 context = self.contexts.of(batch["index"], draw["cut"], device)
             elif not self.options.no_context:
-                context = model.read([model.ids(excerpt(c) if cut else c)
+                context = model.read_captions([model.ids(excerpt(c) if cut else c)
                                       for c, cut in zip(batch["caption"], draw["cut"])])
             context = context.drop(dropped) if context else None
         loss, states = model.flow_loss(x0, context, draw["time"].to(device),
-                                       draw["eps"].to(device), frozen, tap)
+                                       draw["eps"].to(device), frozen, repa_layer)
         found = {"flow": loss.sum()}
         self.by_time.append((draw["time"], loss.detach().cpu()))
         if self.projector:
@@ -626,7 +625,7 @@ class Trainer:
         images = [f["image"] for f in images if f["image"] is not None]
         mean, logvar = self.vae.moments(vae_pixels(torch.from_numpy(np.stack(images)).to(
             self.device))).chunk(2, dim=1)
-        self.vae.shift = float(mean.mean())
+        self.vae.latent_mean = float(mean.mean())
         self.vae.scale = float((mean.var() + logvar.clamp(-30, 20).exp().mean()).rsqrt())
 
     def resume(self):
@@ -729,15 +728,15 @@ class Trainer:
         model, size = self.model, self.stage.pixels
         images = list(model.generate(list(PROMPTS), size, points=25)[:, 0].cpu().numpy())
         side, scale = size // self.vae.factor, model.config.guidance
-        steps = list(model.draw([model.ids(PROMPTS[4])], side, side, [4], points=25, scale=scale))
+        steps = list(model.sample_latents([model.ids(PROMPTS[4])], side, side, [4], points=25, scale=scale))
         strip = [to_uint8(self.vae.decode(x))[0, 0].cpu().numpy() for x in steps[2::3]]
         times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
         sheet(images + strip, [*PROMPTS, *times], 8, name)
 
 
 def pick_rows(batch: dict, rows: Tensor) -> dict:
-    """Some samples of a batch; rows are places or True/False flags."""
-    places = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+    """Some samples of a batch; rows are indices or True/False flags."""
+    indices = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
     return {k: v[places] if isinstance(v, Tensor) else [v[i] for i in places.tolist()]
             for k, v in batch.items()}
 
@@ -961,7 +960,7 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
         begun = (out / f"stage{k}.pt").exists()
         if k == 2 and not begun:
             model.copy_tower()
-            model.fit_latents()
+            model.resize_projections()
         if o.share_layers and k < 3:
             share(model, o.share_layers)
         model.config.no_context = o.no_context

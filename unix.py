@@ -1,7 +1,7 @@
 """UniX: one model, two branches, one sequence (Sec. 3), and its weights on disk.
 
-    reading  [BOI image EOI] [BOS prompt EOS] [BOS report EOS]   und expert: ViT, connector, LM
-    drawing  [BOS caption EOS] [BOI latents EOI]                 gen expert: latents only
+    understanding  [BOI image EOI] [BOS prompt EOS] [BOS report EOS]   all tokens: expert und
+    generation     [BOS caption EOS] [BOI latents EOI]                 latents: gen, the rest: und
 
 Letters: b batch, l text tokens, m image tokens with markers, n latent tokens, d width, c channels.
 """
@@ -20,6 +20,7 @@ from data import UserError, atomic
 from diffusion import (VAE, TimeEmbedder, path, position_ids, position_table, sample, to_latents,
                        to_tokens, to_uint8, velocity_loss, velocity_from_x0)
 
+NO_LOSS = -100      # a label that cross entropy leaves out
 SPECIAL = ("<|begin|>", "<|end|>", "<|begin_of_image|>", "<|end_of_image|>")
 INSTRUCTIONS = (
     "Review this X-ray and provide detailed FINDINGS.", "Write the report of this image.",
@@ -52,13 +53,13 @@ class Config:
     eos: int = 100001
     boi: int = 100003
     eoi: int = 100580
-    no_context: bool = False    # images are drawn without text (ours)
-    predict_x0: bool = False  # the generation tower predicts x0, from which v follows (ours)
+    no_context: bool = False    # latents attend to no caption (ours)
+    predict_x0: bool = False    # the generation tower predicts x0, from which v follows (ours)
     resolution: int = 512       # pixels a side of generated images
     guidance: float = 2.0       # scale of classifier-free guidance
     guided: tuple = (0.4, 1.0)  # times at which it is on
-    eta: float = 0.0            # noise drawn anew in each step of sampling (ours)
-    vae: dict = field(default_factory=lambda: {"scale": 0.238092, "shift": -0.201906})
+    eta: float = 0.0            # fresh noise in each step of sampling (ours)
+    vae: dict = field(default_factory=dict)     # arguments of diffusion.VAE
 
 
 PRESETS = {
@@ -69,7 +70,7 @@ PRESETS = {
         max_tokens=256, latent_side=64, latent_patch=2, interpolate_pos=True,
         bos=0, eos=1, boi=2, eoi=3, resolution=128, guidance=3.0, eta=1.0, predict_x0=True,
         vae={"ch": 32, "mult": [1, 1, 2, 2], "blocks": 1, "attn": [],
-             "scale": 1.0, "shift": 0.0, "groups": 8}),
+             "scale": 1.0, "latent_mean": 0.0, "groups": 8}),
 }
 
 
@@ -92,7 +93,7 @@ class UniX(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        nn.init.zeros_(self.llm2vae.weight)         # so that the first image or velocity is 0
+        nn.init.zeros_(self.llm2vae.weight)         # so that the first prediction is 0
         self.tokenizer, self.vae = tokenizer, vae
 
     @property
@@ -111,7 +112,7 @@ class UniX(nn.Module):
             return "vae" if key.startswith("vae.") else "understanding"
         return {k: p for k, p in self.named_parameters() if where(k) == name}
 
-    def fit_latents(self):
+    def resize_projections(self):
         """New projections of latents, where the autoencoder is not the one they were made for:
         a token covers 16 x 16 pixels (or one latent, if that is more)."""
         c = self.config
@@ -142,37 +143,42 @@ class UniX(nn.Module):
             raise UserError(f"the text has {len(ids)} tokens, more than fit; shorten it")
         return ids
 
-    def pad(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token lists -> (b, l) padded on the right, and the lengths (b,)."""
+    def pad(self, rows: list[list[int]], value: int | None = None) -> tuple[Tensor, Tensor]:
+        """Token lists -> (b, l), padded on the right (with EOS), and the lengths (b,)."""
         length = torch.tensor([len(r) for r in rows])
-        tokens = nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], True, self.config.eos)
+        value = self.config.eos if value is None else value
+        tokens = nn.utils.rnn.pad_sequence([*map(torch.tensor, rows)], True, value)
         return tokens.to(self.device), length.to(self.device)
 
     def wrap(self, ids: list[int]) -> list[int]:
         return [self.config.bos, *ids, self.config.eos]
 
-    def marks(self, b: int) -> Tensor:
+    def boi_eoi(self, b: int) -> Tensor:
         """Embedded begin- and end-of-image markers (b, 2, d)."""
         pair = torch.tensor([self.config.boi, self.config.eoi], device=self.device)
         return self.lm.embed_tokens(pair).expand(b, -1, -1)
 
-    def see(self, pixels: Tensor) -> Tensor:
+    def embed_image(self, pixels: Tensor) -> Tensor:
         """ViT pixels (b, 3, H, W) -> image block [BOI features EOI] (b, m, d)."""
-        begin, end = self.marks(len(pixels)).split(1, dim=1)
+        begin, end = self.boi_eoi(len(pixels)).split(1, dim=1)
         return torch.cat([begin, self.connector(self.vit(pixels.to(self.dtype))), end], dim=1)
 
-    def read(self, captions: list[list[int]]):
+    def read_captions(self, captions: list[list[int]]):
         """Token lists of captions -> the Context that the latents attend to."""
-        return self.lm.read(*self.pad([self.wrap(c) for c in captions]))[1]
+        return self.lm.read_text(*self.pad([self.wrap(c) for c in captions]))[1]
 
     # ---- understanding
-    def report_loss(self, pixels: Tensor, prompts: list, reports: list) -> tuple[Tensor, Tensor]:
-        """Eq. 1 for images (b, 3, H, W) and token lists -> summed loss, number of report tokens."""
-        tokens, length = self.pad([self.wrap(p) + self.wrap(r) for p, r in zip(prompts, reports)])
-        labels = torch.full_like(tokens, -100)
-        for line, p, r in zip(labels, prompts, reports):      # BOS and report predict report, EOS
-            line[len(p) + 2:len(p) + 3 + len(r)] = torch.tensor(r + [self.config.eos])
-        hidden, _ = self.lm.read(tokens, length, self.see(pixels))
+    def understanding_loss(self, pixels: Tensor, prompts: list, reports: list):
+        """Eq. 1 for images (b, 3, H, W) and token lists -> summed loss, number of report tokens.
+
+            tokens  BOS p1 p2 EOS BOS r1 r2 EOS     each position predicts the next token
+            labels   .   .  .   .  r1 r2 EOS  .     "." = no loss: image, prompt, padding
+        """
+        tokens = [self.wrap(p) + self.wrap(r) for p, r in zip(prompts, reports)]
+        labels = [[NO_LOSS] * (len(p) + 2) + [*r, self.config.eos, NO_LOSS]
+                  for p, r in zip(prompts, reports)]
+        (tokens, length), (labels, _) = self.pad(tokens), self.pad(labels, NO_LOSS)
+        hidden, _ = self.lm.read_text(tokens, length, self.embed_image(pixels))
         return report_loss(hidden, self.lm.lm_head, labels)
 
     @torch.no_grad()
@@ -182,46 +188,51 @@ class UniX(nn.Module):
         Raises UserError: prompt empty or too long."""
         rng = torch.Generator().manual_seed(seed)
         tokens, length = self.pad([self.wrap(self.ids(prompt)) + [self.config.bos]] * len(pixels))
-        steps = decode(self.lm, tokens, length, self.see(pixels), self.config.eos, max_new,
+        steps = decode(self.lm, tokens, length, self.embed_image(pixels), self.config.eos, max_new,
                        lambda logits: pick(logits, temperature, top_p, rng))
         written = torch.stack([token for token, _ in steps], dim=1).tolist()
         end = self.config.eos
         return [self.tokenizer.decode(ids[:[*ids, end].index(end)]) for ids in written]
 
     # ---- generation
-    def velocity(self, x: Tensor, t: Tensor, context, places: Tensor, frozen=True, tap=0,
-                 keep: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """v_t of latent tokens x (b, n, c) at times t (b,), and the states after layer `tap`.
-        `places` (n,) or (b, n): rows of the position table. `keep` (b, n): False at padding."""
+    def velocity(self, x: Tensor, t: Tensor, context, position_ids: Tensor, frozen=True,
+                 repa_layer=0, latent_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """v_t of latent tokens x (b, n, c) at times t (b,), and the states after layer
+        `repa_layer`. `position_ids` (n,) or (b, n): rows of the position table. `latent_mask`
+        (b, n): False at padding."""
         tokens = self.vae2llm(x.to(self.dtype)) + self.time_embedder(t)[:, None]
-        tokens = tokens + self.positions[places].to(self.dtype)
+        tokens = tokens + self.positions[position_ids].to(self.dtype)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            marks = self.marks(len(x))
-        out, tapped = self.lm.tower.draw(marks, tokens, context, frozen, tap, keep)
+            boi_eoi = self.boi_eoi(len(x))
+        out, repa_states = self.lm.tower.denoise(boi_eoi, tokens, context, frozen, repa_layer,
+                                                 latent_mask)
         out = self.llm2vae(out)
-        return velocity_from_x0(out, x, t) if self.config.predict_x0 else out, tapped
+        return velocity_from_x0(out, x, t) if self.config.predict_x0 else out, repa_states
 
-    def flow_loss(self, latents: Tensor, context, t: Tensor, eps: Tensor, frozen=True, tap=0):
-        """Eq. 2 a sample (b,) for clean latents and noise (b, c, h, w), and the tapped states."""
-        places = self.places(*self.grid(*latents.shape[2:]))
-        x0, eps = (to_tokens(a, self.config.latent_patch) for a in (latents, eps))  # (b, n, c)
-        v, tapped = self.velocity(path(x0, eps, t), t, context, places, frozen, tap)
-        return velocity_loss(v, x0, eps), tapped
+    def flow_loss(self, x0: Tensor, context, t: Tensor, eps: Tensor, frozen=True, repa_layer=0):
+        """Eq. 2, one value a sample (b,), of clean latents x0 and noise eps (b, c, h, w) at times
+        t (b,); and the states after layer `repa_layer`."""
+        position_ids = self.latent_positions(*self.grid(*x0.shape[2:]))
+        x0, eps = (to_tokens(a, self.config.latent_patch) for a in (x0, eps))       # (b, n, c)
+        v, repa_states = self.velocity(path(x0, eps, t), t, context, position_ids, frozen,
+                                       repa_layer)
+        return velocity_loss(v, x0, eps), repa_states
 
     @torch.no_grad()
-    def draw(self, captions: list[list[int]], h: int, w: int, seeds, **how):
+    def sample_latents(self, captions: list[list[int]], h: int, w: int, seeds, **how):
         """Denoises an h x w latent image a caption; yields latents (b, c, h, w) after each step.
-        Its seed draws an image's noise on the CPU, alike in any batch. `how`: diffusion.sample."""
+        Noise comes from each image's seed, on the CPU: alike in any batch. `how`: diffusion.sample.
+        """
         context = both = None
         how = {"eta": self.config.eta, "interval": self.config.guided} | how
         if self.config.no_context:
             how["scale"] = 1.0          # without text there is nothing to be guided by
         else:
-            context = self.read(captions)
+            context = self.read_captions(captions)
             both = context.with_empty()             # so that a guided step is one pass
         rows, columns = self.grid(h, w)
         rngs = [torch.Generator().manual_seed(s) for s in seeds]
-        places = self.places(rows, columns)
+        position_ids = self.latent_positions(rows, columns)
 
         def noise():
             return torch.stack([torch.randn(rows * columns, self.vae2llm.in_features, generator=g)
@@ -229,8 +240,8 @@ class UniX(nn.Module):
 
         def velocity(x, t, guided):
             if guided:
-                return self.velocity(x.repeat(2, 1, 1), t.repeat(2), both, places)[0].chunk(2)
-            return self.velocity(x, t, context, places)[0]
+                return self.velocity(x.repeat(2, 1, 1), t.repeat(2), both, position_ids)[0].chunk(2)
+            return self.velocity(x, t, context, position_ids)[0]
         for _, _, x in sample(velocity, noise(), noise=noise, **how):
             yield to_latents(x, rows, self.config.latent_patch)
 
@@ -238,12 +249,12 @@ class UniX(nn.Module):
         """Rows and columns of the tokens of h x w latents."""
         return h // self.config.latent_patch, w // self.config.latent_patch
 
-    def places(self, h: int, w: int) -> Tensor:
+    def latent_positions(self, h: int, w: int) -> Tensor:
         """Rows of the position table for h x w tokens (h w,)."""
-        side, spread = self.config.latent_side, self.config.interpolate_pos
-        return position_ids(h, w, side, spread).to(self.device)
+        c = self.config
+        return position_ids(h, w, c.latent_side, c.interpolate_pos).to(self.device)
 
-    def side(self, size: int | None) -> int:
+    def latent_rows(self, size: int | None) -> int:
         """Latent rows of an image of `size` pixels a side (None: as trained). Raises UserError."""
         if self.vae is None:
             raise UserError("the weights folder has no autoencoder: run train.py --stage 0, or "
@@ -258,12 +269,13 @@ class UniX(nn.Module):
     @torch.no_grad()
     def generate(self, captions: list[str], size: int | None = None, seeds=None,
                  scale: float | None = None, eta: float | None = None, **how) -> Tensor:
-        """Draws an image a caption -> uint8 (b, 3, size, size), each from the noise of its own seed.
+        """One image a caption -> uint8 (b, 3, size, size), each from the noise of its own seed.
         Raises UserError. `scale` of guidance, `eta`: as trained when None. `how`: points, shift."""
-        side, ids = self.side(size), [self.ids(c) for c in captions]
+        side, ids = self.latent_rows(size), [self.ids(c) for c in captions]
         scale = self.config.guidance if scale is None else scale
         how |= {} if eta is None else {"eta": eta}
-        for latents in self.draw(ids, side, side, seeds or range(len(ids)), scale=scale, **how):
+        steps = self.sample_latents(ids, side, side, seeds or range(len(ids)), scale=scale, **how)
+        for latents in steps:
             pass
         return to_uint8(torch.cat([self.vae.decode(some) for some in latents.split(8)]))
 
@@ -295,8 +307,8 @@ class UniX(nn.Module):
         with torch.device("meta"):
             model = UniX(config)
         if not any("_moe_gen." in k for k in weights):
-            complete(weights, model)
-        fit(model, weights, dtype, folder)
+            fill_missing(weights, model)
+        load_strict(model, weights, dtype, folder)
         model.tokenizer = Tokenizer.load(tokenizer) if tokenizer.exists() else None
         model.vae = read_vae(folder, about)
         return model.to(device).eval()
@@ -350,13 +362,14 @@ def config_json(model: UniX) -> dict:
         about["vae_path"] = "vae/model.safetensors"
         about["vae_config"] = {"path": about["vae_path"], "downsample": model.vae.factor,
                                "z_channels": c.latent_channels, "embed_dim": c.latent_channels,
-                               "scale_factor": model.vae.scale, "shift_factor": model.vae.shift,
+                               "scale_factor": model.vae.scale,
+                               "shift_factor": model.vae.latent_mean,
                                "norm_groups": model.vae.groups}
     return about
 
 
 def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Config:
-    """Config of a weights folder: sizes from tensor shapes; config.json tells the rest."""
+    """Config of a weights folder: sizes from tensor shapes; the rest from config.json."""
     def size(ours: str, axis: int, default=None) -> int:
         name = released(ours)
         if name in weights and weights[name].dim() > axis:
@@ -378,8 +391,8 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
     vit_heads = about.get("vit_config", {}).get("num_attention_heads", max(1, vit_width // 64))
     usual = [base.bos, base.eos, base.boi, base.eoi]    # the released code has them hard-coded
     usual = usual if max(usual) < vocab else range(vocab - 4, vocab)
-    told = about.get("special_token_ids", {})
-    markers = {k: told.get(MARKERS[k], i) for k, i in zip(MARKERS, usual)}
+    marker_ids = about.get("special_token_ids", {})
+    markers = {k: marker_ids.get(MARKERS[k], i) for k, i in zip(MARKERS, usual)}
     return Config(
         vit_image=patch * math.isqrt(size("vit.pos_embed", 1)), vit_patch=patch,
         vit_width=vit_width, vit_mlp=size("vit.blocks.0.mlp.fc1.weight", 0), vit_heads=vit_heads,
@@ -394,10 +407,11 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
         interpolate_pos=bool(about.get("interpolate_pos", False)),
         guidance=drawing.get("cfg_text_scale", base.guidance),
         guided=tuple(drawing.get("cfg_interval") or base.guided),
-        **markers, **about.get("ours", {}))
+        **markers, **{{"predict_film": "predict_x0"}.get(k, k): v
+                      for k, v in about.get("ours", {}).items()})
 
 
-def complete(weights: dict[str, Tensor], model: UniX):
+def fill_missing(weights: dict[str, Tensor], model: UniX):
     """Janus-Pro has no QK-norm, no q/k/v bias and no generation branch: norms of 1, biases of 0, a
     generation tower copied from understanding, and new latent and time embeddings."""
     fresh = UniX(replace(model.config, layers=0, vit_layers=0, vocab=1)).state_dict()
@@ -412,12 +426,12 @@ def complete(weights: dict[str, Tensor], model: UniX):
             weights.setdefault(name, fresh[k])
 
 
-def fit(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path):
+def load_strict(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path):
     """Moves tensors of official names into a model on the meta device. Raises UserError."""
     state = {released(k): v for k, v in model.state_dict().items()}
-    places = released("positions")
-    if places in state and places not in weights:           # it is a constant
-        weights[places] = position_table(model.config.latent_side, model.config.width)
+    table = released("positions")
+    if table in state and table not in weights:             # it is a constant
+        weights[table] = position_table(model.config.latent_side, model.config.width)
     wrong = [f"{k} is {list(weights[k].shape)}, not {list(v.shape)}"
              for k, v in state.items() if k in weights and weights[k].shape != v.shape]
     for kind, names in (("missing", state.keys() - weights.keys()),
@@ -433,7 +447,7 @@ def fit(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, folder
 def read_vae(folder: Path, about: dict) -> VAE | None:
     """The autoencoder of a weights folder, or None. Raises UserError."""
     block = about.get("vae_config", {})
-    names = {"scale_factor": "scale", "shift_factor": "shift", "norm_groups": "groups"}
+    names = {"scale_factor": "scale", "shift_factor": "latent_mean", "norm_groups": "groups"}
     how = {ours: block[theirs] for theirs, ours in names.items() if theirs in block}
     for name in (block.get("path", ""), about.get("vae_path", ""), "vae/model.safetensors",
                  "vae/vae.ckpt", "vae.ckpt"):
@@ -446,14 +460,14 @@ def save_vae(vae: VAE, folder: Path):
     """Writes an autoencoder, the scale and shift of its latents, and the groups of its norms."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps({"scale_factor": vae.scale, "shift_factor": vae.shift,
+        temporary.write_text(json.dumps({"scale_factor": vae.scale, "shift_factor": vae.latent_mean,
                                          "norm_groups": vae.groups}))
     write_safetensors(vae.state_dict(), folder / "model.safetensors")
 
 
-def load_vae(file: str | Path, scale=0.238092, shift=-0.201906, groups=32) -> VAE:
+def load_vae(file: str | Path, scale=0.238092, latent_mean=-0.201906, groups=32) -> VAE:
     """A CompVis autoencoder from .ckpt or .safetensors, whatever its sizes. A config.json beside it
-    wins over scale, shift and groups of norms. Raises UserError."""
+    wins over scale, mean and groups of norms. Raises UserError."""
     file = Path(file)
     beside, parts = file.parent / "config.json", ("encoder.", "decoder.", "quant_", "post_quant_")
     weights = {k: v for k, v in read_tensors(file).items() if k.startswith(parts)}  # not loss.*
@@ -464,8 +478,9 @@ def load_vae(file: str | Path, scale=0.238092, shift=-0.201906, groups=32) -> VA
         raise UserError(f"{file}: not a CompVis autoencoder ({e}); see --vae") from None
     with torch.device("meta"):
         vae = VAE(**sizes, scale=about.get("scale_factor", scale),
-                  shift=about.get("shift_factor", shift), groups=about.get("norm_groups", groups))
-    fit(vae, weights, torch.float32, file)
+                  latent_mean=about.get("shift_factor", latent_mean),
+                  groups=about.get("norm_groups", groups))
+    load_strict(vae, weights, torch.float32, file)
     return vae.eval()
 
 

@@ -128,7 +128,8 @@ def judge(row: Path, reader: Path, data: Path) -> dict[str, float]:
     import torch
 
     import sample
-    from data import open_data, read_image, vit_pixels
+    from ar import vit_pixels
+    from data import open_data, read_image
     from unix import UniX
     model = UniX.load(reader)
     with open(row / "evaluation" / "drawn.csv", newline="", encoding="utf-8") as f:

@@ -196,7 +196,7 @@ def denoising(args):
     def steps(text, scale, dtype=torch.float32):
         """A sampler that stands at its first steps (t near 1, where guidance is on)."""
         def fresh():
-            return model.draw([CAPTION[:1] * (text - 2)], 16, 16, noise, points=200, scale=scale)
+            return model.sample_latents([CAPTION[:1] * (text - 2)], 16, 16, noise, points=200, scale=scale)
         state = [fresh()]
         next(state[0])
         return lambda: next(state[0])
@@ -213,14 +213,14 @@ def denoising(args):
               ratio(longer, single) / grown, ("<=", 1.1))
     reads, kept = [], Tower.read
     Tower.read = lambda *a, **k: reads.append(1) or kept(*a, **k)
-    list(model.draw([CAPTION], 16, 16, noise, points=6))
+    list(model.sample_latents([CAPTION], 16, 16, noise, points=6))
     Tower.read = kept
     yield row("mid: contexts read in 5 steps", [len(reads)], "", "one image", len(reads), ("<=", 1))
     if torch.cpu._is_avx512_bf16_supported():
         def half():
             with torch.autocast("cpu", torch.bfloat16):
                 next(state)
-        state = model.draw([CAPTION], 16, 16, noise, points=200, scale=2)
+        state = model.sample_latents([CAPTION], 16, 16, noise, points=200, scale=2)
         fast, slow = timed(half, steps(64, 2), n=count)
         yield row("mid: guided step in bf16", fast, "s", "fp32", ratio(slow, fast), (">=", 1.7))
 
@@ -234,11 +234,11 @@ def dense_loss(model, x0, eps, t, everywhere=False):
     side = math.isqrt(n)
     x = model.vae2llm(path(x0, eps, t)) + model.time_embedder(t)[:, None]
     x = x + model.positions[position_ids(side, side, c.latent_side)]
-    x, text = torch.cat([model.lm.embed_tokens(tokens), model.marks(b), x], dim=1), tokens.shape[1]
+    x, text = torch.cat([model.lm.embed_tokens(tokens), model.boi_eoi(b), x], dim=1), tokens.shape[1]
     ids = torch.cat([torch.arange(text), torch.full((n + 2,), text)]).expand(b, -1)
     mask = torch.ones(x.shape[1], x.shape[1]).tril().bool()
     mask[text:] = True
-    turn, at = rope(ids, c.head_dim), text + 2
+    cos_sin, at = rope(ids, c.head_dim), text + 2
 
     def both(und, gen, *inputs):
         """Und's results at text and markers, gen's at latents; inputs have tokens in dim -2."""
@@ -250,7 +250,7 @@ def dense_loss(model, x0, eps, t, everywhere=False):
             gen(*(a.narrow(-2, at, n) for a in inputs)))]
     for layer in model.lm.tower.layers:
         q, k, v = both(*(lambda x, cos, sin, e=e: e.qkv(x, (cos, sin))
-                         for e in (layer.und, layer.gen)), x, *turn)
+                         for e in (layer.und, layer.gen)), x, *cos_sin)
         mixed = attend(q, k, v, mask)
         x, = both(*(lambda x, m, e=e: [e.finish(x, m)] for e in (layer.und, layer.gen)), x, mixed)
     v = model.llm2vae(model.lm.tower.norm_gen(x[:, at:]))
@@ -272,7 +272,7 @@ def trainer(kind: str, side=16, b=4):
         if kind != "ours":
             return dense_loss(model, x0, eps, t, kind == "everywhere")
         with torch.no_grad():
-            context = model.read([CAPTION] * b)
+            context = model.read_captions([CAPTION] * b)
         return model.flow_loss(x0, context, t, eps)[0]
 
     def step():
@@ -342,9 +342,9 @@ def attention(args):
     """The largest single tensor when 4,096 latents are drawn over 1,024 padded context tokens."""
     from torch.profiler import ProfilerActivity, profile
     tower = Tower(1, 16, 1, 1, 16, 16)
-    context = tower.read(torch.randn(1, 1024, 16), torch.arange(1024)[None], torch.tensor([1000]))[1]
+    context = tower.read_context(torch.randn(1, 1024, 16), torch.arange(1024)[None], torch.tensor([1000]))[1]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        tower.draw(torch.randn(1, 2, 16), torch.randn(1, 4096, 16), context)
+        tower.denoise(torch.randn(1, 2, 16), torch.randn(1, 4096, 16), context)
     largest = max(e.cpu_memory_usage for e in seen.events())
     yield row("largest allocation, 4096 latents", [largest / 1e6], "MB", "tokens x tokens",
               largest / (4096 * 5122 * 4), ("<=", 0.33))
@@ -452,7 +452,7 @@ def unix_figures(folder: Path) -> dict:
     found = {"loaded": (peak() - before) / weights, "weights": weights, "finite": math.isfinite(total)}
     product, flops = multiply(torch.bfloat16)
     read, amount = stream(torch.bfloat16, 0, 5632, 2048, 12)
-    steps = model.draw([CAPTION], 16, 16, [0], points=50, scale=1)
+    steps = model.sample_latents([CAPTION], 16, 16, [0], points=50, scale=1)
     step, ceiling = timed(lambda: next(steps), product, n=1)
     tokens, least = token_times(model, 64, 1, 6), timed(read, n=3)[0]
     c, per = model.config, size(model.lm.tower, ".gen.")

@@ -99,12 +99,12 @@ def check_cache(p: Parity, prefix: str, suffix: str, kv: list):
 def parity_reading(p: Parity):
     """und/ und_text/: caches after the image and after the prompt, greedy decoding, stopping."""
     m, c = p.model, p.model.config
-    image = m.see(p.get("vit/image"))
-    block = m.lm.tower.read(image, torch.zeros(1, image.shape[1], dtype=torch.long),
+    image = m.embed_image(p.get("vit/image"))
+    block = m.lm.tower.read_context(image, torch.zeros(1, image.shape[1], dtype=torch.long),
                             torch.tensor([image.shape[1]]), image.shape[1])[1]
     check_cache(p, "und", "img", block.kv)
     prompt = m.wrap(tokens(p, "und/prompt_ids"))
-    context = m.lm.read(*m.pad([prompt]), image)[1]
+    context = m.lm.read_text(*m.pad([prompt]), image)[1]
     check_cache(p, "und", "ctx", context.kv)
     p.check("und/ctx_kv_len", context.length)
     p.check("und/ctx_rope", context.next_id)
@@ -134,7 +134,7 @@ def text_prompt(p: Parity) -> list[int]:
     for name in ("und/prompt_ids", "gen/prompt_ids"):
         ids = m.wrap(tokens(p, name))
         if len(ids) == p.want["und_text/position_ids"][0]:
-            hidden, _ = m.lm.read(*m.pad([ids + [m.config.bos]]))
+            hidden, _ = m.lm.read_text(*m.pad([ids + [m.config.bos]]))
             gap = (m.lm.lm_head(hidden[0, -1]) - p.get("und_text/logits")[0]).abs().max()
             found.append((float(gap), ids))
     return min(found)[1]
@@ -144,7 +144,7 @@ def parity_drawing(p: Parity):
     """gen/: every velocity, guidance variant, trajectory and decoded image."""
     m, get = p.model, p.get
     prompt = tokens(p, "gen/prompt_ids")
-    context = m.read([prompt])
+    context = m.read_captions([prompt])
     check_cache(p, "gen", "ctx", context.kv)
     p.check("gen/ctx_kv_len", context.length)
     p.check("gen/ctx_rope", context.next_id)
@@ -219,16 +219,16 @@ def flow_batch(p: Parity, name: str, samples: list[dict], frozen: bool, shift=1.
     x0 = torch.stack([pad(s["clean"].flatten(1).T) for s in samples])
     eps = torch.stack([pad(p.get(f"train/{name}/noise")[s["latent"]]) for s in samples])
     keep = torch.stack([torch.arange(n) < s["clean"][0].numel() for s in samples])
-    places = torch.zeros(len(samples), n, dtype=torch.long)
-    for row, s in zip(places, samples):
+    rows = torch.zeros(len(samples), n, dtype=torch.long)
+    for row, s in zip(rows, samples):
         ids = position_ids(*s["clean"].shape[1:], m.config.latent_side)
         row[:len(ids)] = ids
     raw = torch.stack([p.get(f"train/{name}/raw_timesteps")[s["latent"]][0] for s in samples])
     t = shift_time(torch.sigmoid(raw), shift)
     dropped = torch.tensor([s["caption"] is None for s in samples])
     with torch.set_grad_enabled(not frozen):
-        context = m.read([s["caption"] or [0] for s in samples]).drop(dropped)
-    v, _ = m.velocity(path(x0, eps, t), t, context, places, frozen, keep=keep)
+        context = m.read_captions([s["caption"] or [0] for s in samples]).drop(dropped)
+    v, _ = m.velocity(path(x0, eps, t), t, context, rows, frozen, latent_mask=keep)
     square = (v - (eps - x0)).square()
     torch.testing.assert_close(square.flatten(1).mean(1), velocity_loss(v, x0, eps))
     return v[keep], square[keep], path(x0, eps, t)[keep]
@@ -270,9 +270,9 @@ def parity_training(p: Parity):
             if read:
                 pixels = p.get("vit/image").expand(len(read), -1, -1, -1)
                 prompts, reports = [s["prompt"] for s in read], [s["report"] for s in read]
-                total, count = m.report_loss(pixels, prompts, reports)
+                total, count = m.understanding_loss(pixels, prompts, reports)
                 p.check(f"{base}/ce_mean", total / count)
-                each = [m.report_loss(pixels[:1], prompts[:1], [reports[0]])[0]]
+                each = [m.understanding_loss(pixels[:1], prompts[:1], [reports[0]])[0]]
                 p.check(f"{base}/ce", per_token(p, pixels, prompts, reports))
                 torch.testing.assert_close(sum(each), total)
                 loss = loss + total / count
@@ -289,7 +289,7 @@ def per_token(p: Parity, pixels, prompts, reports) -> torch.Tensor:
     """Cross entropy of each report token, and the logits it comes from."""
     m = p.model
     rows, length = m.pad([m.wrap(a) + m.wrap(b) for a, b in zip(prompts, reports)])
-    hidden, _ = m.lm.read(rows, length, m.see(pixels))
+    hidden, _ = m.lm.read_text(rows, length, m.embed_image(pixels))
     logits = torch.cat([m.lm.lm_head(h[len(a) + 2:len(a) + len(b) + 3])
                         for h, a, b in zip(hidden, prompts, reports)])
     labels = torch.cat([torch.tensor(b + [m.config.eos]) for b in reports])

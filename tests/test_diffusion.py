@@ -122,7 +122,7 @@ def test_interpolated_places_are_the_same_at_every_size():
 @pytest.fixture(scope="module")
 def vae() -> VAE:
     torch.manual_seed(0)
-    return VAE(ch=32, mult=[1, 2, 2], blocks=1, attn=[2], z=6, embed=5, scale=0.7, shift=0.1).eval()
+    return VAE(ch=32, mult=[1, 2, 2], blocks=1, attn=[2], z=6, embed=5, scale=0.7, latent_mean=0.1).eval()
 
 
 def test_vae_sizes_are_read_off_the_weights(vae):

@@ -17,9 +17,9 @@ def slow_attention(q, k, v, see):
 
 def slow_layer(layer, x, ids, is_gen, see):
     """One layer over one packed sequence x (l, d), token by token, each with its own expert."""
-    turn = rope(ids[None], layer.und.head_dim)
-    parts = [[(layer.gen if g else layer.und).qkv(x[None, i:i + 1], (turn[0][:, :, i:i + 1],
-              turn[1][:, :, i:i + 1])) for i, g in enumerate(is_gen)]]
+    cos_sin = rope(ids[None], layer.und.head_dim)
+    parts = [[(layer.gen if g else layer.und).qkv(x[None, i:i + 1], (cos_sin[0][:, :, i:i + 1],
+              cos_sin[1][:, :, i:i + 1])) for i, g in enumerate(is_gen)]]
     q, k, v = (torch.cat([p[j][0] for p in parts[0]], dim=1) for j in range(3))
     mixed = slow_attention(q, k, v, see)
     return torch.cat([(layer.gen if g else layer.und).finish(x[None, i:i + 1], mixed[None, :, i:i + 1])[0]
@@ -29,11 +29,11 @@ def slow_layer(layer, x, ids, is_gen, see):
 def test_drawing_equals_the_equations_with_a_dense_mask(model):
     """[text | BOI latents EOI]: text causal, the block sees all, experts by token (Eq. 3-5)."""
     tower, n_text, n = model.lm.tower, 5, 6
-    text, marks, x = torch.randn(1, n_text, 32), torch.randn(1, 2, 32), torch.randn(1, n, 32)
+    text, boi_eoi, x = torch.randn(1, n_text, 32), torch.randn(1, 2, 32), torch.randn(1, n, 32)
     length = torch.tensor([n_text])
-    hidden, context = tower.read(text, torch.arange(n_text)[None], length)
-    out, _ = tower.draw(marks, x, context)
-    s = torch.cat([text[0], marks[0, :1], x[0], marks[0, 1:]])
+    hidden, context = tower.read_context(text, torch.arange(n_text)[None], length)
+    out, _ = tower.denoise(boi_eoi, x, context)
+    s = torch.cat([text[0], boi_eoi[0, :1], x[0], boi_eoi[0, 1:]])
     ids = torch.cat([torch.arange(n_text), torch.full((n + 2,), n_text)])
     see = torch.ones(len(s), len(s)).tril().bool()
     see[n_text:] = True
@@ -49,7 +49,7 @@ def test_reading_equals_the_equations_with_a_dense_mask(model):
     tower, n_image, n_text = model.lm.tower, 6, 5
     x = torch.randn(1, n_image + n_text, 32)
     ids = torch.cat([torch.zeros(n_image), torch.arange(1, n_text + 1)]).long()
-    hidden, _ = tower.read(x, ids[None], torch.tensor([11]), n_image)
+    hidden, _ = tower.read_context(x, ids[None], torch.tensor([11]), n_image)
     see = torch.ones(11, 11).tril().bool()
     see[:n_image, :n_image] = True
     s = x[0]
@@ -60,7 +60,7 @@ def test_reading_equals_the_equations_with_a_dense_mask(model):
 
 def test_latents_never_change_text(model):
     """What is read before a noisy block is the same whatever the block holds."""
-    context = model.read([[1, 2, 3]])
+    context = model.read_captions([[1, 2, 3]])
     before = [(k.clone(), v.clone()) for k, v in context.kv]
     for seed in (0, 1):
         x = torch.randn(1, 4, 16, generator=torch.Generator().manual_seed(seed))
@@ -71,7 +71,7 @@ def test_latents_never_change_text(model):
 
 def test_order_inside_a_block_does_not_matter(model):
     """One RoPE id: permuting latents with their positions permutes the velocities."""
-    context, x, t = model.read([[5, 6]]), torch.randn(1, 6, 16), torch.tensor([0.3])
+    context, x, t = model.read_captions([[5, 6]]), torch.randn(1, 6, 16), torch.tensor([0.3])
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     a, _ = model.velocity(x, t, context, torch.arange(6))
     b, _ = model.velocity(x[:, order], t, context, order)
@@ -81,32 +81,32 @@ def test_order_inside_a_block_does_not_matter(model):
 def test_a_ragged_batch_equals_its_samples(model):
     """Padding, dropped captions and neighbours change nothing."""
     captions = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
-    x, t, places = torch.randn(3, 4, 16), torch.tensor([0.2, 0.5, 0.9]), torch.arange(4)
-    context = model.read(captions).drop(torch.tensor([False, False, True]))
-    together, _ = model.velocity(x, t, context, places)
+    x, t, position_ids = torch.randn(3, 4, 16), torch.tensor([0.2, 0.5, 0.9]), torch.arange(4)
+    context = model.read_captions(captions).drop(torch.tensor([False, False, True]))
+    together, _ = model.velocity(x, t, context, position_ids)
     for i, caption in enumerate(captions):
-        alone = None if i == 2 else model.read([caption])
-        v, _ = model.velocity(x[i:i + 1], t[i:i + 1], alone, places)
+        alone = None if i == 2 else model.read_captions([caption])
+        v, _ = model.velocity(x[i:i + 1], t[i:i + 1], alone, position_ids)
         torch.testing.assert_close(together[i:i + 1], v, atol=1e-5, rtol=1e-4)
 
 
 def test_images_of_two_sizes_in_one_batch(model):
-    """`keep` hides padding latents, whatever is in them."""
+    """`latent_mask` hides padding latents, whatever is in them."""
     x, t = torch.randn(2, 6, 16), torch.tensor([0.2, 0.7])
     keep = torch.tensor([[True] * 6, [True] * 4 + [False] * 2])
-    context, places = model.read([[1, 2], [3, 4, 5]]), torch.arange(6)
-    together, _ = model.velocity(x, t, context, places, keep=keep)
-    alone, _ = model.velocity(x[1:, :4], t[1:], model.read([[3, 4, 5]]), places[:4])
+    context, position_ids = model.read_captions([[1, 2], [3, 4, 5]]), torch.arange(6)
+    together, _ = model.velocity(x, t, context, position_ids, latent_mask=keep)
+    alone, _ = model.velocity(x[1:, :4], t[1:], model.read_captions([[3, 4, 5]]), position_ids[:4])
     torch.testing.assert_close(together[1:, :4], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_frozen_understanding_gets_no_gradient_and_changes_no_value(model):
-    x, t, places = torch.randn(2, 4, 16), torch.tensor([0.2, 0.5]), torch.arange(4)
-    context = model.read([[1, 2], [3, 4]])
-    free, _ = model.velocity(x, t, context, places, frozen=False)
+    x, t, position_ids = torch.randn(2, 4, 16), torch.tensor([0.2, 0.5]), torch.arange(4)
+    context = model.read_captions([[1, 2], [3, 4]])
+    free, _ = model.velocity(x, t, context, position_ids, frozen=False)
     with torch.no_grad():
-        context = model.read([[1, 2], [3, 4]])
-    frozen, _ = model.velocity(x, t, context, places, frozen=True)
+        context = model.read_captions([[1, 2], [3, 4]])
+    frozen, _ = model.velocity(x, t, context, position_ids, frozen=True)
     torch.testing.assert_close(frozen, free)
     frozen.square().sum().backward()
     assert all(p.grad is None for p in model.branch("understanding").values())
@@ -163,8 +163,8 @@ def test_drawing_a_large_block_never_allocates_tokens_by_tokens():
     torch.manual_seed(0)
     tower = Tower(1, 16, 1, 1, 16, 16)
     with torch.no_grad():
-        _, context = tower.read(torch.randn(1, 1024, 16), torch.arange(1024)[None], torch.tensor([1000]))
+        _, context = tower.read_context(torch.randn(1, 1024, 16), torch.arange(1024)[None], torch.tensor([1000]))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-            tower.draw(torch.randn(1, 2, 16), torch.randn(1, 4096, 16), context)
+            tower.denoise(torch.randn(1, 2, 16), torch.randn(1, 4096, 16), context)
     largest = max(e.cpu_memory_usage for e in seen.events())
     assert 0 < largest < 4096 * 5122 * 4 / 3

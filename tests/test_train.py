@@ -526,7 +526,7 @@ def test_contexts_in_memory_are_those_that_are_read(trained, folder, tmp_path):
     draw |= {"cut": torch.tensor([0, 1, 0, 1]) > 0, "keep": torch.tensor([1, 1, 0, 0.])}
     model = trainer.model
     texts = [train.excerpt(c) if cut else c for c, cut in zip(batch["caption"], draw["cut"])]
-    want = model.read([model.ids(t) for t in texts])
+    want = model.read_captions([model.ids(t) for t in texts])
     got = trainer.contexts.of(batch["index"], draw["cut"], "cpu")
     assert torch.equal(got.length, want.length) and torch.equal(got.next_id, want.next_id)
     assert got.ragged == want.ragged

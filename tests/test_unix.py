@@ -20,16 +20,16 @@ def greedy(model, tokens, image, max_new=8, eos=-1):
 
 @torch.no_grad()
 def test_cached_decoding_equals_reading_everything_again(model, images):
-    image, tokens = model.see(images[:1]), [90, 4, 5, 91, 90]
+    image, tokens = model.embed_image(images[:1]), [90, 4, 5, 91, 90]
     logits = [l for _, l in decode(model.lm, *model.pad([tokens]), image, -1, 8)]
     written = greedy(model, [tokens], image)[0].tolist()
-    hidden, _ = model.lm.read(*model.pad([tokens + written[:-1]]), image)
+    hidden, _ = model.lm.read_text(*model.pad([tokens + written[:-1]]), image)
     torch.testing.assert_close(torch.cat(logits), model.lm.lm_head(hidden[0, 4:]), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 def test_a_batch_with_different_prompts_and_stops_equals_its_samples(model, images):
-    image = model.see(images)
+    image = model.embed_image(images)
     prompts = [[90, 1, 91, 90], [90, 2, 3, 4, 5, 91, 90], [90, 91, 90]]
     alone = [greedy(model, [p], image[i:i + 1])[0].tolist() for i, p in enumerate(prompts)]
     assert greedy(model, prompts, image).tolist() == alone
@@ -42,18 +42,18 @@ def test_a_batch_with_different_prompts_and_stops_equals_its_samples(model, imag
 
 @torch.no_grad()
 def test_decoding_ends_when_all_have_ended(model, images):
-    first = greedy(model, [[90, 1, 91, 90]], model.see(images[:1]))[0, 0].item()
-    assert greedy(model, [[90, 1, 91, 90]], model.see(images[:1]), eos=first).shape == (1, 1)
+    first = greedy(model, [[90, 1, 91, 90]], model.embed_image(images[:1]))[0, 0].item()
+    assert greedy(model, [[90, 1, 91, 90]], model.embed_image(images[:1]), eos=first).shape == (1, 1)
 
 
 def test_report_loss_is_the_cross_entropy_of_the_report_alone(model, images):
     """By hand, one sample at a time without padding; prompt and image carry no loss."""
     prompts, reports = [[1, 2], [3], [4, 5, 6]], [[7, 8, 9, 10], [11], []]
-    total, count = model.report_loss(images, prompts, reports)
+    total, count = model.understanding_loss(images, prompts, reports)
     by_hand = 0.0
     for i, (p, r) in enumerate(zip(prompts, reports)):
         row, length = model.pad([model.wrap(p) + model.wrap(r)])
-        logits = model.lm.lm_head(model.lm.read(row, length, model.see(images[i:i + 1]))[0][0])
+        logits = model.lm.lm_head(model.lm.read_text(row, length, model.embed_image(images[i:i + 1]))[0][0])
         for j, label in enumerate(r + [91]):
             by_hand -= logits[len(p) + 2 + j].log_softmax(-1)[label]
     assert count == 5 + 2 + 1
@@ -64,10 +64,10 @@ def test_the_first_losses_are_as_expected():
     """Untrained: ln V a token, and 1 + E[x0^2] for the flow, whose output layer starts at zero."""
     torch.manual_seed(0)
     model = UniX(small_config())
-    total, count = model.report_loss(torch.randn(4, 3, 32, 32), [[1]] * 4, [[2, 3, 4, 5]] * 4)
+    total, count = model.understanding_loss(torch.randn(4, 3, 32, 32), [[1]] * 4, [[2, 3, 4, 5]] * 4)
     assert abs(total / count - math.log(97)) < 0.15
     x0, eps = torch.randn(64, 16, 4, 4) * 0.5, torch.randn(64, 16, 4, 4)
-    loss, _ = model.flow_loss(x0, model.read([[1]] * 64), torch.rand(64), eps)
+    loss, _ = model.flow_loss(x0, model.read_captions([[1]] * 64), torch.rand(64), eps)
     assert abs(loss.mean() - 1.25) < 0.05
 
 
@@ -75,10 +75,10 @@ def test_the_first_losses_are_as_expected():
 def test_generation_tower_equals_understanding_tower_after_the_copy(model):
     """Latents whose embedding is a text token's are then treated as that token."""
     model.copy_tower()
-    marks, x = model.marks(1), torch.randn(1, 5, 32)
-    out, _ = model.lm.tower.draw(marks, x, None)
-    block = torch.cat([marks, x], dim=1)
-    hidden, _ = model.lm.tower.read(block, torch.zeros(1, 7, dtype=torch.long), torch.tensor([7]), 7)
+    boi_eoi, x = model.boi_eoi(1), torch.randn(1, 5, 32)
+    out, _ = model.lm.tower.denoise(boi_eoi, x, None)
+    block = torch.cat([boi_eoi, x], dim=1)
+    hidden, _ = model.lm.tower.read_context(block, torch.zeros(1, 7, dtype=torch.long), torch.tensor([7]), 7)
     torch.testing.assert_close(out, hidden[:, 2:], atol=1e-5, rtol=1e-4)
     model.lm.tower.layers[0].gen.q_proj.weight.data += 1        # a copy, not the same object
     assert not torch.equal(model.lm.tower.layers[0].gen.q_proj.weight,
@@ -87,7 +87,7 @@ def test_generation_tower_equals_understanding_tower_after_the_copy(model):
 
 def with_vae(model: UniX) -> UniX:
     torch.manual_seed(3)
-    model.vae = VAE(ch=32, mult=[1, 1, 1, 1], blocks=1, attn=[], scale=0.5, shift=0.2).eval()
+    model.vae = VAE(ch=32, mult=[1, 1, 1, 1], blocks=1, attn=[], scale=0.5, latent_mean=0.2).eval()
     return model
 
 
@@ -116,14 +116,14 @@ def test_generated_images_do_not_depend_on_the_batch(model):
 @torch.no_grad()
 def test_guidance_in_one_pass_equals_two(model):
     """A batch of captions of several lengths, against each alone, with and without its caption."""
-    captions, places = [[1, 2, 3], [4]], position_ids(4, 4, 8)
-    drawn = list(model.draw(captions, 4, 4, [5, 6], points=4, scale=3.0, interval=(0.7, 1.0)))
+    captions, rows = [[1, 2, 3], [4]], position_ids(4, 4, 8)
+    drawn = list(model.sample_latents(captions, 4, 4, [5, 6], points=4, scale=3.0, interval=(0.7, 1.0)))
     for i, (caption, seed) in enumerate(zip(captions, (5, 6))):
-        context = model.read([caption])
+        context = model.read_captions([caption])
 
         def velocity(x, t, guided):
-            v, _ = model.velocity(x, t, context, places)
-            return (v, model.velocity(x, t, None, places)[0]) if guided else v
+            v, _ = model.velocity(x, t, context, rows)
+            return (v, model.velocity(x, t, None, rows)[0]) if guided else v
         noise = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(seed))
         steps = sample(velocity, noise, points=4, scale=3.0, interval=(0.7, 1.0))
         for (_, _, x), together in zip(steps, drawn):
@@ -134,7 +134,7 @@ def test_guidance_is_on_when_the_weights_folder_says(model, tmp_path):
     model.config.guided = (0.5, 0.8)
     model.save(tmp_path)
     loaded = UniX.load(tmp_path)
-    drawn, said, other = (list(loaded.draw([[1, 2]], 4, 4, [5], points=4, scale=3.0, **how))[-1]
+    drawn, said, other = (list(loaded.sample_latents([[1, 2]], 4, 4, [5], points=4, scale=3.0, **how))[-1]
                           for how in ({}, {"interval": (0.5, 0.8)}, {"interval": (0.4, 1.0)}))
     assert torch.equal(drawn, said) and not torch.allclose(drawn, other)
 
@@ -195,7 +195,7 @@ def test_saved_and_loaded_again_is_the_same_model(model, tmp_path):
     again = UniX.load(tmp_path)
     same(model, again)
     assert again.config.__dict__ | {"vae": 0} == model.config.__dict__ | {"vae": 0}
-    assert (again.vae.scale, again.vae.shift) == (0.5, 0.2)
+    assert (again.vae.scale, again.vae.latent_mean) == (0.5, 0.2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors", "vae"]
 
 
@@ -280,7 +280,7 @@ def test_a_janus_folder_is_a_starting_point(model, images, tmp_path, kind):
     assert layer.gen is not layer.und and (layer.und.q_norm.weight == 1).all()
     assert not layer.und.k_proj.bias.any() and not loaded.llm2vae.weight.any()
     assert loaded.config.kv_heads == 2 and loaded.config.head_dim == 10
-    total, count = loaded.report_loss(images, [[1]] * 3, [[2, 3]] * 3)
+    total, count = loaded.understanding_loss(images, [[1]] * 3, [[2, 3]] * 3)
     assert math.isfinite(total) and count == 9
 
 
@@ -288,7 +288,7 @@ def test_a_new_image_encoder_attends_to_neighbours():
     torch.manual_seed(0)
     vit = ViT(96, 16, 64, 64, 2, 1)
     q, k, _ = vit.blocks[0].attn["qkv"](torch.nn.functional.layer_norm(vit.pos_embed, (64,))).chunk(3, -1)
-    p = (q[0, :, :32] @ k[0, :, :32].T / 32 ** 0.5).softmax(-1)     # the first head, places alone
+    p = (q[0, :, :32] @ k[0, :, :32].T / 32 ** 0.5).softmax(-1)     # the first head, position_ids alone
     at = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), -1).view(36, 2)
     far = (at[:, None] - at[None]).abs().amax(-1)
     assert p[far <= 1].mean() > 2 * p[far >= 3].mean()
@@ -301,13 +301,13 @@ def test_a_saved_model_finds_the_same_places(tmp_path):
         model = UniX(small_config(interpolate_pos=spread))
         model.save(tmp_path / str(spread))
         again = UniX.load(tmp_path / str(spread))
-        assert again.places(2, 4).tolist() == model.places(2, 4).tolist()
-        assert again.places(2, 4)[:3].tolist() == ([0, 2, 4] if spread else [0, 1, 2])
+        assert again.latent_positions(2, 4).tolist() == model.latent_positions(2, 4).tolist()
+        assert again.latent_positions(2, 4)[:3].tolist() == ([0, 2, 4] if spread else [0, 1, 2])
 
 
 def test_a_token_of_four_latents(tmp_path):
     """The loss is the mean over the same numbers, a step of the sampler is Euler's on tokens and
-    their places, an image of its own seed does not depend on the batch, saving keeps the size of a token, and an image that tokens do not divide is refused."""
+    their positions, an image of its own seed does not depend on the batch, saving keeps the size of a token, and an image that tokens do not divide is refused."""
     torch.manual_seed(0)
     model = with_vae(UniX(small_config(latent_patch=2)).eval())
     assert model.vae2llm.in_features == 4 * model.config.latent_channels
@@ -315,10 +315,10 @@ def test_a_token_of_four_latents(tmp_path):
     loss, _ = model.flow_loss(x0, None, torch.tensor([0.5]), eps)       # the velocity is still 0
     torch.testing.assert_close(loss[0], (eps - x0).square().mean())
     torch.nn.init.normal_(model.llm2vae.weight)
-    first = next(model.draw([[1]], 4, 4, [5], points=3, scale=1.0))
+    first = next(model.sample_latents([[1]], 4, 4, [5], points=3, scale=1.0))
     noise = torch.randn(4, 64, generator=torch.Generator().manual_seed(5))[None]
     t, after = (shift_time(torch.tensor([x]), 3.0) for x in (1.0, 0.5))
-    v, _ = model.velocity(noise, t, model.read([[1]]), torch.tensor([0, 1, 8, 9]))
+    v, _ = model.velocity(noise, t, model.read_captions([[1]]), torch.tensor([0, 1, 8, 9]))
     torch.testing.assert_close(to_tokens(first, 2), noise - v * (t - after))
     model.tokenizer = Letters()
     both = model.generate(["large effusion", "clear"], 32, seeds=[5, 6], points=3, eta=0.5)
@@ -329,7 +329,7 @@ def test_a_token_of_four_latents(tmp_path):
     model.save(tmp_path)
     assert UniX.load(tmp_path).config == model.config
     with pytest.raises(UserError, match="multiple of 16"):
-        model.side(24)
+        model.latent_rows(24)
 
 
 def test_latents_of_another_autoencoder():
@@ -339,9 +339,9 @@ def test_latents_of_another_autoencoder():
         mult = [1] * factor.bit_length()
         model.vae = VAE(ch=32, mult=mult, blocks=1, attn=[], z=channels, embed=channels)
         before = model.vae2llm
-        model.fit_latents()
+        model.resize_projections()
         assert (model.vae2llm is before) == (factor == 16)      # made for these already
-        assert model.config.latent_patch * factor == 16 and model.side(32) == 32 // factor
+        assert model.config.latent_patch * factor == 16 and model.latent_rows(32) == 32 // factor
         assert model.vae2llm.in_features == channels * (16 // factor) ** 2
         latents = torch.randn(1, channels, 2 * 16 // factor, 2 * 16 // factor)
         loss, _ = model.flow_loss(latents, None, torch.tensor([0.5]), torch.zeros_like(latents))
@@ -356,11 +356,11 @@ def test_a_tower_that_tells_the_image(tmp_path):
     eps, image = torch.randn(4, 4, 16), torch.randn(16)
     with torch.no_grad():
         model.llm2vae.bias.copy_(image)          # its weights are 0: every token tells this image
-        t, places = torch.tensor([1.0, 0.8, 0.5, 0.25]), model.places(2, 2)
-        v, _ = model.velocity(path(image.expand_as(eps), eps, t), t, None, places)
+        t, position_ids = torch.tensor([1.0, 0.8, 0.5, 0.25]), model.latent_positions(2, 2)
+        v, _ = model.velocity(path(image.expand_as(eps), eps, t), t, None, position_ids)
     want = (eps - image) * torch.tensor([1, 1, 1, 0.5])[:, None, None]
     torch.testing.assert_close(v, want, atol=1e-5, rtol=1e-5)
-    drawn, = model.draw([[1]], 2, 2, [0], points=2, scale=1.0, eta=0.0)
+    drawn, = model.sample_latents([[1]], 2, 2, [0], points=2, scale=1.0, eta=0.0)
     torch.testing.assert_close(to_tokens(drawn, 1)[0], image.expand(4, 16), atol=1e-5, rtol=1e-5)
     model.save(tmp_path)
     assert UniX.load(tmp_path).config.predict_x0
