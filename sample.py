@@ -468,7 +468,8 @@ def evaluate_drawing(args, results: Results, encoder, captions: dict, real, writ
     prompts, back = list(captions.values()), results.read("drawn.csv", fake, captions)
     kept = ("micro F1-14", "macro F1-14", "sides right", "severity right")
     trip = {k: v for k, v in report_scores(prompts, back).items() if k in kept}
-    trip["micro F1-14 of the true images (ceiling)"] = report_scores(prompts, written)["micro F1-14"]
+    ceiling = report_scores(prompts, written)["micro F1-14"]
+    trip["micro F1-14 of the true images (ceiling)"] = ceiling
     a, b = label_table(prompts) == 1, label_table(back) == 1
 
     def by_class(i):

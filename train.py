@@ -245,7 +245,7 @@ def digest(module: nn.Module | None) -> str:
 
 
 class Latents:
-    """An image set seen through the frozen autoencoder: moments [mean | log variance] of every image,
+    """An image set seen through the frozen autoencoder: moments [mean | log variance] of all,
     and the alignment teacher's features of it, computed once and kept beside the run. The cache
     knows what it was made from, and is made again when images, size, autoencoder or teacher change.
     """
@@ -371,7 +371,8 @@ class Trainer:
             self.image_tokens = (model.config.vit_image // model.config.vit_patch) ** 2
         else:
             side = stage.pixels // self.vae.factor
-            self.image_tokens = side ** 2 if model is self.vae else math.prod(model.grid(side, side))
+            self.image_tokens = side ** 2 if model is self.vae else math.prod(
+                model.grid(side, side))
         self.projector, self.both, self.contexts = None, options.train == "both", None
         self.learns = self.choose()
         self.average = None
@@ -475,15 +476,17 @@ class Trainer:
     def report_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
         """Eq. 1, summed over the reports' tokens."""
         prompts = [self.model.ids(INSTRUCTIONS[i]) for i in draw["prompt"].tolist()]
-        total, _ = self.model.understanding_loss(vit_pixels(batch["image"].to(self.device)), prompts,
-                                          [self.model.ids(r) for r in batch["report"]])
+        pixels = vit_pixels(batch["image"].to(self.device))
+        reports = [self.model.ids(r) for r in batch["report"]]
+        total, _ = self.model.understanding_loss(pixels, prompts, reports)
         return {"text": total}
 
     def flow_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
         """Eq. 2 and the alignment of stage 2, summed over images."""
         model, device = self.model, self.device
         x0 = self.vae.latents(batch["moments"].to(device), draw["z"].to(device))
-        frozen, repa_layer = not self.both, round(model.config.layers * 8 / 24) if self.projector else 0
+        frozen = not self.both
+        repa_layer = round(model.config.layers * 8 / 24) if self.projector else 0
         context, dropped = None, draw["keep"].to(device) < 0.1      # for guidance
         with torch.set_grad_enabled(not frozen):    # frozen understanding: no gradient, no graph
             if self.contexts:
@@ -508,7 +511,8 @@ class Trainer:
             tokens = sum(len(self.model.ids(r)) + 1 for r, reads in zip(batch["report"],
                                                                         draw["reads"]) if reads)
         images = int((~draw["reads"]).sum()) if self.both else len(draw["reads"])
-        tokens, images = self.procs.total(torch.tensor([tokens, images], device=self.device)).tolist()
+        counts = torch.tensor([tokens, images], device=self.device)
+        tokens, images = self.procs.total(counts).tolist()
         self.tokens = tokens
         if self.stage.trains == "vae":
             self.tokens += images * batch["image"][0].numel() // self.vae.factor ** 2
@@ -728,7 +732,8 @@ class Trainer:
         model, size = self.model, self.stage.pixels
         images = list(model.generate(list(PROMPTS), size, points=25)[:, 0].cpu().numpy())
         side, scale = size // self.vae.factor, model.config.guidance
-        steps = list(model.sample_latents([model.ids(PROMPTS[4])], side, side, [4], points=25, scale=scale))
+        steps = list(model.sample_latents([model.ids(PROMPTS[4])], side, side, [4], points=25,
+                                          scale=scale))
         strip = [to_uint8(self.vae.decode(x))[0, 0].cpu().numpy() for x in steps[2::3]]
         times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
         sheet(images + strip, [*PROMPTS, *times], 8, name)
@@ -737,7 +742,7 @@ class Trainer:
 def pick_rows(batch: dict, rows: Tensor) -> dict:
     """Some samples of a batch; rows are indices or True/False flags."""
     indices = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
-    return {k: v[places] if isinstance(v, Tensor) else [v[i] for i in places.tolist()]
+    return {k: v[indices] if isinstance(v, Tensor) else [v[i] for i in indices.tolist()]
             for k, v in batch.items()}
 
 
@@ -752,7 +757,7 @@ def ahead(source: Iterator):
 
 def even_parts(texts: list[str], image: int, n: int) -> list[Tensor]:
     """Places of a batch's images in at most n parts of like work. They are sorted by the length of
-    their texts, since a part is padded to its longest; an image itself counts as `image` letters."""
+    their texts, since a part is padded to its longest; an image counts as `image` letters."""
     work = torch.tensor([float(image + len(text)) for text in texts])
     order = work.argsort(descending=True, stable=True)
     middle = work[order].cumsum(0) - work[order] / 2
