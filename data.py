@@ -10,6 +10,7 @@ import argparse
 import atexit
 import contextlib
 import csv
+import difflib
 import gzip
 import hashlib
 import io
@@ -23,6 +24,7 @@ import sys
 import textwrap
 import threading
 import time
+import tomllib
 import warnings
 import zlib
 from functools import lru_cache
@@ -64,6 +66,14 @@ def plain_streams():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def read_toml(path):
+    """TOML file -> dict. UserError if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); correct it") from None
 
 
 # ---------------------------------------------------------------- images
@@ -1027,89 +1037,94 @@ def impression(caption):
     return sections[-1] if sections else caption
 
 
-# ---------------------------------------------------------------- labels: tables
-# Regular expressions over lower-case whole words, "-" read as a space.
-HEARTS, MEDIASTINUM = r"(?:heart|cardiac|cardio ?mediastinal)", r"(?:cardio ?)?mediastin(?:um|al)"
-GAP = r"(?:(?!normal|with)[\w,/]+ ){0,9}?"  # from a noun to its verdict
-ENLARGED = (r"(?:enlarge|widen)\w* (?:of )?(?:the )?(?:\w+ )?NOUN|(?:large|borderline) NOUN"
-            rf"|NOUN {GAP}(?:(?:enlarge|widen)\w*|(?:is|remains|appears) (?:\w+ )?large)")
-NORMAL_SIZE = (rf"NOUN {GAP}(?:normal|unremarkable|not (?:\w+ )?(?:enlarged|widened))"
-               r"|normal (?:\w+ ){0,3}NOUN")
-AIRSPACE = r"air ?spaces? (?:disease|process)|infiltrat\w+"
-MENTIONS = {  # class -> phrases that say it is there
-    "Enlarged Cardiomediastinum": ENLARGED.replace("NOUN", MEDIASTINUM),
-    "Cardiomegaly": "cardiomegaly|" + ENLARGED.replace("NOUN", HEARTS),
-    "Lung Opacity": rf"opaci\w+|{AIRSPACE}|(?:increased|patchy|hazy|focal) densit\w+"
-        r"|(?:interstitial|reticular) (?:\w+ )?(?:markings?|pattern|disease|thickening)",
-    "Lung Lesion": r"nodules?|nodular (?:lesions?|opaci\w+|densit\w+)|mass(?:es)?|tumou?rs?"
-        r"|neoplasms?|carcinomas?|(?:lung|pulmonary|cavitary) (?:cancer|lesions?|metas\w+)",
-    "Edema": r"edema|heart failure|chf|congest\w+|prominen\w+ (?:\w+ ){0,4}vascula\w+"
-        r"|vascula\w+ (?:prominence|engorgement|redistribution)",
-    "Consolidation": rf"consolidat\w+|{AIRSPACE}",
-    "Pneumonia": r"(?:broncho)?pneumonias?|pneumonitis|(?<!granulomatous )infecti\w+",
-    "Atelectasis": r"atelecta\w+|(?:lung|lobe|lobar) collapse|collapse of the \w+",
-    "Pneumothorax": r"(?:hydro)?pneumothora\w+",
-    "Pleural Effusion": r"(?<!pericardial )effusions?|pleural fluid|(?:hydropneumo|hemo)thora\w+",
-    "Pleural Other": r"pleural (?:\w+ )?(?:thickening|scar\w*|plaques?|calcifications?)",
-    "Fracture": r"fractur\w+",
-    "Support Devices":
-        r"catheters?|pace(?:maker|r)s?|piccs?|tubes?|(?:medi)?ports?|leads?|stents?|a?icd|drains?"
-        r"|\w*stimulators?|defibrillator|generator|devices?|hardware|valv\w+ replacement"
-        r"|(?:prosthetic|mechanical) (?:\w+ )?valves?|(?:central|venous|ij|jugular|arterial) lines?"
-        r"|lines?(?= (?:\w+ ){0,3}(?:tip|terminat|end|in place))"
-        r"|tips?(?= (?:\w+ ){0,6}(?:svc|cav\w+|atri\w+|stomach|carina))"}
-NORMALS = {  # class -> phrases that say by themselves that it is not there
-    "Enlarged Cardiomediastinum": NORMAL_SIZE.replace("NOUN", MEDIASTINUM),
-    "Cardiomegaly": NORMAL_SIZE.replace("NOUN", HEARTS),
-    "Lung Opacity": r"lungs? (?:\w+ ){0,4}clear(?! of)|clear (?:\w+ ){0,2}lungs?",
-    "Pleural Effusion": r"pleural spaces (?:\w+ )?clear"}
-NO_CUE = r"no (?:\w+ ){0,3}changes?|(?:without|not) (?:\w+ )?changed?|not only"
-EXCLUDE = r"(?:can ?not|not|difficult to) (?:be )?(?:\w+ )?(?:excluded?|ruled? out)"
-NOT = r"not(?! (?:\w+ ){0,2}(?:exclude|rule))"
-NEGATION = (  # cues in front of a mention, cues behind it
-    rf"no|{NOT}|without|negative for|n?either|nor|^ ?(?:interval )?resolved"
-    r"|(?:resolution|removal|free|clear|absence|lack|clearing) of",
-    rf"{NOT}|no longer|: (?:no|none|absent|negative)|(?:completely )?(?:removed|resolved|cleared)"
-    r"|absent|(?:\w+ )?unlikely|(?:is|are|appears?) (?:within|normal)")
-UNCERTAINTY = (
-    r"may|might|could|possibl[ey]|potential(?:ly)?|suggest\w*|suspect\w*|suspicious for|question\w*"
-    rf"|concern\w*|versus|vs|differential|correlate|evaluate for|equivocal|rule out|{EXCLUDE}",
-    rf"{EXCLUDE}|versus|vs|less likely"
-    r"|(?:\w+ )?(?:possible|suspected|in the differential|consideration|possibility|concern)")
-CLAUSE_RE = re.compile(  # a cue reaches through its clause; these begin a new one
-    r";|\b(?:but|however|although|though|except|aside from|other than|otherwise|which|while|whereas"
-    r"|there (?:is|are)|and the)\b"
-    r"|(?:, |\bwith )(?=(?:\w+ )?(?:small|mild|moderate|large|bilateral|left|right)\b)"
-    r"(?!.*(?:\b(?:n?or|and)\b|/))")
-SEVERITY = {  # in rising order
-    "mild": r"(?:mild|minimal|slight)(?:ly)?|small|tiny|trace|borderline|minor|subtle",
-    "moderate": r"moderate(?:ly)?",
-    "severe": r"(?:severe|marked|massive|gross|substantial|significant)(?:ly)?|large|extensive"}
-BOTH = r"bilateral(?:ly)?|both|bibasilar|bibasal|biapical|(?:greater|larger|worse) (?:on|at|in) the"
-# between a mention and a cue behind it stand at most one verb and no comma
-VERB = r"\b(?:is|are|was|were|has|have|may|might|could|can)(?: be| been)?\b"
-NEAR = rf"(?:(?!{VERB}|\bwith\b)[^,;]){{0,40}}?(?:{VERB} )?"
+# ---------------------------------------------------------------- labels and cleaning: phrases
+PHRASES = Path(__file__).resolve().parent / "assets" / "phrases.toml"
+SECTIONS = ("FINDINGS", "IMPRESSION", "BODY", "SKIP")
+WORDS = r"(?<!\w)(?:{})(?!\w)"
 
 
-def whole_words(phrases, lead=""):
-    return re.compile(rf"{lead}(?<!\w)(?:{phrases})(?!\w)")
+class Phrases:
+    """The phrases of a TOML file, compiled. UserError with file and key where it is broken."""
+
+    def __init__(self, path):
+        self.path, self.parts, self.tables = path, {}, read_toml(path)
+        for name in self.value("parts"):
+            self.parts[name] = self.text("parts", name)
+        self.mentions, self.normals, self.sides, self.severity = (
+            {key: self.regex(WORDS, name, key) for key in self.value(name)}
+            for name in ("mentions", "normals", "sides", "severity"))
+        for name, known in (("mentions", CLASSES[1:]), ("sides", SIDES), ("severity", GRADES)):
+            if set(self.tables[name]) != set(known):
+                raise UserError(f"{path}, {name}: its keys must be {', '.join(known)}")
+        self.no_cue, self.report = (self.regex(WORDS, "cues", k) for k in ("no_cue", "report"))
+        self.clause, self.joint = (self.regex("{}", "cues", k) for k in ("new_clause", "joint"))
+        reach = self.text("cues", "reach_behind")
+        self.cues = [(self.regex(WORDS, "cues", f"{cue}_before"),
+                      self.regex(reach + WORDS, "cues", f"{cue}_behind"))
+                     for cue in ("negation", "uncertainty")]
+        self.headers = {key: self.regex("(?i:{})$", "headers", key) for key in SECTIONS}
+        self.earlier, self.organs = (self.regex(WORDS, "other_headers", k)
+                                     for k in ("earlier", "organs"))
+        self.spelling = {word: key for key in self.value("spelling")
+                         for word in self.value("spelling", key)}
+        self.removed, self.title = (self.regex("{}", "marks", k) for k in ("removed", "title"))
+        self.rules = {}
+        for name in self.value("rules"):
+            new = self.tables["rules"][name].get("replace")
+            self.rules[name] = self.regex("(?i:{})", "rules", name, "find", new=new), new
+        names = "|".join(self.text("headers", key) for key in SECTIONS)
+        self.header = re.compile(HEADER.replace("NAMES", names), re.I | re.M)
+
+    def value(self, *keys):
+        value = self.tables
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        if value is None or keys[-1] != "find" and len(keys) == 1 and not isinstance(value, dict):
+            raise UserError(f"{self.path} has no {'.'.join(keys)}")
+        return value
+
+    def text(self, *keys):
+        """A phrase, or a list of which one may stand there, with its {NAMES} put in."""
+        phrases = self.value(*keys)
+        phrases = phrases if isinstance(phrases, list) else [phrases]
+        try:
+            joined = re.sub(r"\s*\n\s*", "", "|".join(phrases))
+            return re.sub(r"\{([A-Z]+)\}", lambda part: self.parts[part[1]], joined)
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{self.path}, {'.'.join(keys)}: a phrase is a text, and {{NAME}} one "
+                            f"of [parts] above it ({error})") from None
+
+    def regex(self, frame, *keys, new=None):
+        try:
+            regex = re.compile(frame.replace("{}", self.text(*keys)))
+            regex.sub(new or "", "")
+            return regex
+        except (re.error, TypeError) as error:
+            raise UserError(f"{self.path}, {'.'.join(keys)}: {error}") from None
 
 
-MENTION_RE, NORMAL_RE, SEVERITY_RE = ({k: whole_words(p) for k, p in table.items()}
-                                      for table in (MENTIONS, NORMALS, SEVERITY))
-SIDE_RE = {s: whole_words(rf"(?<!to the ){s}|{BOTH}") for s in SIDES}
-NO_CUE_RE, REPORT_RE = whole_words(NO_CUE), whole_words(  # what makes a text a report
-    r"normal|clear|acute|disease|abnormalit\w+|chest|lungs?|heart|bon[ey]\w*|spine|deformity")
-JOINT_RE = re.compile(r",|\b(?:and|or|with)\b")
-CUES_RE = [(whole_words(front), whole_words(behind, NEAR))
-           for front, behind in (NEGATION, UNCERTAINTY)]
+@lru_cache(1)
+def phrases():
+    return Phrases(PHRASES)
 
 
 # ---------------------------------------------------------------- labels: reading a report
+# A sentence ends before white space, and between two words or before a number without it; a list
+# item begins at the start of a line, or inside one where its mark cannot be taken for a word.
+SENTENCE_END = re.compile(r"(?:(?<=[.!?…。])|(?<=[.!?…]['\")\]]))\s+|(?<=[^\W\d_]{2}[.!?…。])"
+                          r"(?=['\"(\[]?\w)|(?<=\d[.!?])(?=[^\W\d_]{2})")
+MARK = (r"[(\[]?(?:\d{1,2}|[a-z]|[ivx]{1,4})[]).:/-]+(?!\d)|(?:\d{1,2}|o)(?=\s)(?! ?[cm]m\b)"
+        r"|[^\w\s.,;:()'\"/]+")
+ITEM = re.compile(rf"\n\s*\n|\n\s*(?:{MARK})\s*|\s*[•·▪◦‣●○■]+\s*"
+                  r"|\s\(?(?:\d{1,2}|[a-h]|[ivx]{1,4})\)\s*(?=[^\W\d_])|\s\d{1,2}-\s(?=[^\W\d_])",
+                  re.I)
+
+
 def split_sentences(text):
     """Sentences and list items; cut at 600 characters: time stays linear in the text's length."""
-    for sentence in re.split(r"(?<=[.!?])\s+|\n\s*\n|\n\s*[-*\d]+\s", text):
-        yield from re.findall(r".{1,600}(?:\s|$)|.{600}", " ".join(sentence.split()))
+    for item in ITEM.split(text):
+        for sentence in SENTENCE_END.split(item):
+            yield from re.findall(r".{1,600}(?:\s|$)|.{600}", " ".join(sentence.split()))
 
 
 @lru_cache(1 << 16)
@@ -1117,34 +1132,37 @@ def read_sentence(sentence):
     """One lower-case sentence -> tuple of (class, 1 | 0 | -1, sides, severity), one a mention. Side
     and severity stand between the joints (comma, and, or, with) next to the mention; one that
     names no side takes the sides of its sentence."""
-    def sides(phrase):
-        return frozenset(side for side, pattern in SIDE_RE.items() if pattern.search(phrase))
+    known = phrases()
 
-    sentence, found = NO_CUE_RE.sub(" ", sentence), []
-    cuts = [0, *(m.start() for m in CLAUSE_RE.finditer(sentence)), len(sentence)]
+    def sides(phrase):
+        return frozenset(side for side, pattern in known.sides.items() if pattern.search(phrase))
+
+    sentence, found = known.no_cue.sub(" ", sentence), []
+    cuts = [0, *(m.start() for m in known.clause.finditer(sentence)), len(sentence)]
     for clause in (sentence[a:b] for a, b in zip(cuts, cuts[1:])):
-        found += [(c, 0, frozenset(), "") for c, p in NORMAL_RE.items() if p.search(clause)]
-        mentions = [(c, m) for c, p in MENTION_RE.items() for m in p.finditer(clause)]
-        first = [front.search(clause) if mentions else None for front, _ in CUES_RE]
+        found += [(c, 0, frozenset(), "") for c, p in known.normals.items() if p.search(clause)]
+        mentions = [(c, m) for c, p in known.mentions.items() for m in p.finditer(clause)]
+        first = [before.search(clause) if mentions else None for before, _ in known.cues]
         starts = sorted({m.start() for _, m in mentions})
-        joints = [(JOINT_RE.search(clause, a, b), b) for a, b in zip(starts, starts[1:])]
+        joints = [(known.joint.search(clause, a, b), b) for a, b in zip(starts, starts[1:])]
         edges = [0, *(joint.start() if joint else b for joint, b in joints), len(clause)]
         for c, m in mentions:
             negated, unsure = (cue and cue.start() < m.start() or behind.match(clause, m.end())
-                               for cue, (_, behind) in zip(first, CUES_RE))
+                               for cue, (_, behind) in zip(first, known.cues))
             value = 0 if negated or " not " in m[0] else -1 if unsure else 1
             i = starts.index(m.start())
             phrase = clause[edges[i]:edges[i + 1]]
             midline = c in ("Cardiomegaly", "Enlarged Cardiomediastinum")
-            severity = ["", *(k for k, p in SEVERITY_RE.items() if p.search(phrase))][-1]
-            found.append((c, value, sides(phrase) or sides("" if midline else sentence), severity))
+            grade = ["", *(k for k, p in known.severity.items() if p.search(phrase))][-1]
+            found.append((c, value, sides(phrase) or sides("" if midline else sentence), grade))
     return tuple(found)
 
 
 def find_mentions(text):
     """Yield (class, 1 | 0 | -1, sides, severity) of every mention in a report."""
     for sentence in split_sentences("\n\n".join(split_sections(text).values()).lower()):
-        yield from read_sentence(re.sub(r"[-_\s\0]+", " ", sentence.replace(":", " : ")))
+        sentence = re.sub(r"\s[-–—*]+\s", " ; ", sentence.replace(":", " : "))
+        yield from read_sentence(re.sub(r"[-_\s\0]+", " ", sentence))
 
 
 def label_report(text):
@@ -1159,7 +1177,8 @@ def label_report(text):
     for c, value, _, _ in find_mentions(text):
         labels[c] = max(labels.get(c, 0), value, key=(0, -1, 1).index)
     found = any(v for c, v in labels.items() if c != "Support Devices")
-    if not found and (labels or REPORT_RE.search(" ".join(split_sections(text).values()).lower())):
+    words = " ".join(split_sections(text).values()).lower()
+    if not found and (labels or phrases().report.search(words)):
         labels["No Finding"] = 1
     return labels
 
@@ -1167,7 +1186,7 @@ def label_report(text):
 def locate(text):
     """Report -> {positive class: {"sides": subset of {"left", "right"}, "severity": "" | "mild"
     | "moderate" | "severe"}}; of several mentions all sides and the greatest severity."""
-    order, places = ["", *SEVERITY], {}
+    order, places = ["", *GRADES], {}
     for c, value, sides, severity in find_mentions(text):
         if value == 1:
             place = places.setdefault(c, {"sides": set(), "severity": ""})
@@ -1176,126 +1195,67 @@ def locate(text):
     return places
 
 
-# ---------------------------------------------------------------- cleaning: rules
-# They stand for the paper's language model, whose prompts are unpublished (ours). "___" is a mark
-# of de-identification.
-STUDY = (r"(?:views?|radiographs?|images?|imaging|films?|x-?(?:rays?|___)|exam(?:ination)?s?|study"
-         r"|studies|projections?|scans?|cts?|___)")
-VIEW = (rf"(?:{STUDY}|pa|ap|frontal|lateral|portable|upright|supine|chest|the|an?|of|on|at|from|for"
-        r"|in|dated|performed)")
-VIEWS = (rf"(?:{VIEW}|single|one|two|three|\d|and|as|with|was|were|is|are|obtained|provided"
-         r"|available|submitted|reviewed|patient|position|final|report)\b[\s,.()-]*")
-OLD = r"(?:prior|previous|last|earlier|old|preceding|outside|yesterday)"
-EARLIER = (  # "the prior study of ___", "___", "prior chest CT", ...
-    rf"(?=(?:(?:the|an?|most|recent|her|his|chest|from) )*(?:{OLD}|study|exam|ct|pa|___)\b)(?:"
-    rf"(?:{VIEW}|{OLD}|most|recent|her|his|same|day|comparison|and(?= lateral)|tomography|date"
-    r"|hours?)\b(?:,(?= ___))? *)+")
-SEEN = r"(?:seen|noted|demonstrated|described|visuali[sz]ed|identified|present|evident)"
-BE = r"(?:(?:that |which )?(?:is|are|has|have|has been|have been|appears?))"
-ADVERB = (r"(?:(?:(?!cardio|like|poss|prob|potent)\w+ly|also|otherwise|overall|not|very|somewhat"
-          r"|interval|significant|relevant|definite|substantial|further|appreciable),? )*")
-RULES = [  # (name, pattern, what takes its place; None: the whole sentence goes), in this order
-    ("communication", r"\b(?:discussed|communicated|notified|informed|relayed|conveyed|called|paged"
-     r"|reported|reviewed)\b.*(?:\b(?:dr|(?:tele)?phone|physicians?|nurse|team|md|results?)\b|___)"
-     r"|\bdr\b.*\b(?:notified|aware|telephone)\b|critical result", None),
-    ("no earlier study", rf"\bno (?:(?:relevant|recent|other|chest) )*(?:comparison|{OLD})\b.*"
-     rf"\b(?:available|comparison|{STUDY})\b|^comparison|^(?:none|not) available|for .*comparison",
-     None),
-    ("view", rf"^(?:{VIEWS})+$|\bexamination consists of|\bwere obtained\b", None),
-    ("hidden subject", r"^(?:the |visualized )?___ (?:___ )*(?:is|are|appears?|intact)\b", None),
-    ("earlier study", r",?\s*(?:(?:\b(?:in|as|when|by) )?\b(?:compar(?:ed|ison)|relation)"
-     r"(?: is made)? (?:to|with|from)|\b(?:as )?(?:since|from|relative to|(?:to|than|on|with)"
-     rf"(?= (?:\w+ ){{0,2}}(?:prior|previous|earlier|ct)(?: (?:\w+ ){{0,2}}{STUDY}|\W*$)))"
-     rf"|\b(?:(?:that|which) )?(?:was |were )?not (?:\w+ )?{SEEN} (?:on|in)) {EARLIER}", " "),
-    ("technique", r"^(?:considering|accounting for|given) (?:differences in )?tech\w+(?: factors)?"
-     r",?| (?:for|given) (?:the )?(?:ap |portable )*(?:technique|projection)\b", ""),
-    ("view shows", rf"^(?:{VIEWS})+(?:demonstrates?|shows?|reveals?)(?: that)? ", ""),
-    ("on a view", rf",?\s+(?:(?:(?:as|best|only|also|well) )*{SEEN} )?(?:only )?on (?:the )?"
-     r"(?:lateral|frontal|pa|ap) (?:view|projection|radiograph|image|film)s?\b", ""),
-    ("no change", rf"(?:\bthere(?: has|'s) been )?\b(?:no|little|minimal) (?:acute )?{ADVERB}"
-     r"(?:change|difference|increase|decrease|improvement|worsening)s?(?: identified| seen)?"
-     r"(?:(?=\W*$)| (?:in|of)(?: the)?(?: (?:appearance|position|size|extent) of(?: the)?)?)", ""),
-    ("again", rf"\b(?:(?:once )?again|previously|re-?demonstrat(?:ed|ion of))\b(?: {SEEN})?", ""),
-    ("resolution of", r"^\s*(?:there (?:is|has been) )?(?:interval )?(?:resolved|(?:resolution"
-     r"|removal) of)(?: the| an?)? ", "no "),
-    ("has resolved", r"^\s*(?:the )?\s*([^,]*?),? (?:has|have) (?:\w+ )?(?:resolved|removed)",
-     r"no \1"),
-    ("remains", r"\b(?:remains|continues to be)\b", "is"),
-    ("remain", r"\b(?:remain|continue to be)\b", "are"),
-    ("has increased", rf"\b(?:(?:has|have)(?: been)? {ADVERB}(?:increas|decreas|develop|appear"
-     rf"|enlarg|improv|worsen|progress|reposition)ed|{BE} {ADVERB}(?:worse|larger|smaller)"
-     r"(?! than| on))(?: in size| in extent)?(?: and(?= is| are))?", ""),
-    ("increase in", rf"\b(?:the )?{ADVERB}(?:(?:slight|mild) )?(?:increase|decrease|improvement"
-     r"|worsening|development) (?:in|of) (?:the )?(?:(?:size|extent) of (?:the )?)?", ""),
-    ("increased effusion", rf"\b{ADVERB}(?:(?:in|de)creas(?:ed|ing)|larger|smaller) (?=(?:[\w-]+ )"
-     r"{0,4}(?:effusion|pneumo|edema|atelec|consolid|congest|cardiomeg|nodul|mass|opaci|infiltr))",
-     ""),
-    ("stable", rf"(?:(?<=normal )and )?\b{ADVERB}(?:stable|(?:un)?changed|similar|the same|interval"
-     r"|persist(?:s|ent|ing|ently)|worsen\w+|improv(?:ing|ed)|progressive|resolving|evolving|new"
-     r"|residual|now|pre-?existing|in the inter(?:val|im)|with(?:out change| interval improvement))"
-     r"\b(?: appearing)?(?:,? (?:in|since|over) (?:\w+ ){0,3}(?:appearance|size|position|extent"
-     r"|interval))?(?: appearance of(?: the)?)?", ""),
-    ("is and", rf"\b({BE})\s+(?:and|but|with)(?= (?:\w+ )?(?:normal|not|within|unremarkable|at"
-     r"|enlarged|mild|borderline|clear|intact))", r"\1"),
-    ("verb alone", rf"(?<=there is)\s*,|,?\s*(?<!there )\b{BE}(?=\s*(?:[.,;]|$|and\b))", ""),
-    ("name", r",?\s*\b(?:by |with |to )?(?:dr|mr|mrs|ms) (?:(?-i:[A-Z]\w+)|___)(?: ___)*", ""),
-    ("no mark of", r"\bno (?:___ )+of (?:an? )?", "no "),
-    ("mark", r"\s*\b(?:(?:of|on|from|dated|since|by|at|in|with|to|for)(?: the)? )?(?:___[ /]*)+"
-     r"(?=\s*(?:[.,;]|$))|\s*___", ""),
-    ("doubled mark", r"\(\s*\)|[,;:](?=\s*[.,;:])| +(?=[.,;:)])", ""),
-    ("bad start", r"^(?:[\W_]|(?:and|but|with|which|however|is|are)\b)+", ""),
-    ("bad end", r"(?:[\s,;:.!?-]|\b(?:and|or|but|with|that|the|is|are|of|not|as|may|be"
-     r"|significantly|slightly)\b)+$", ""),
-    ("nothing left", r"^(?:(?:these|it|left|right|inferior|superior|changes?|this|findings?|the|and"
-     r"|of|is|are|has|have|with|in|a|heart|cardiac|size|cardio-?mediastinal|mediastin\w+|hilar|hila"
-     r"|silhouettes?|contours?|appearance|chest|lungs?|pulmonary|exam|aeration|basilar|no|there"
-     r"|structures|position|also|or|as|at|on|for|noted)\b\W*)*$", None)]
-RULES_RE = {name: (re.compile(p, re.I), new) for name, p, new in RULES}
-MARK_RE = re.compile(  # a mark of de-identification, a time or a date
-    r"\[\*\*[^]]{0,80}\*\*\]|<?(?:_{2,}|X{3,})>?|\0|\b(?:\d\d?:\d\d(?: ?hours| ?[ap]\.?m)?"
-    r"|\d\d?/\d\d?/\d{2,4}|\d{4}-\d\d-\d\d|(?i:[a-z]{3,9} \d\d?,? (?:19|20)\d\d))\b")
-TITLE_RE = re.compile(r"\b(Dr|Mr|Mrs|Ms|vs|[ap]\.m)\.", re.I)
-HEADERS = {
-    "FINDINGS": r"findings?(?:(?: and |/)impressions?)?",
-    "IMPRESSION": r"impressions?|conclusions?|opinion",
-    "BODY": r"final (?:addendum|report)|wet read",  # prose of either kind follows
-    "SKIP": r"(?:type of )?exam(?:ination)?s?|study|procedure|indications?|clinical data|technique"
-            r"|(?:(?:clinical|medical) )?(?:history|information|indication)|comparisons?"
-            r"|reason for (?:this )?(?:exam(?:ination)?|study)|(?:notific|recommend)ations?"}
-NAMES, CAPITALS = "|".join(HEADERS.values()), r"[A-Z0-9 ,/&()-]{0,60}"
-HEADER_RE = re.compile(
-    rf"(?:^|(?<=[.!?:])\s|(?P<inline> )) ?(?P<name>{NAMES}) ?(?::|$)"
-    rf"|^(?-i:{CAPITALS}\b(?:CHEST|RADIOGRAPHS?|VIEWS?)\b{CAPITALS}):", re.I | re.M)
+# ---------------------------------------------------------------- cleaning
+# A header that [headers] knows, or any other words before a colon, at the start of a sentence.
+WORD = "[A-Za-z](?:[a-z]{1,19}|[A-Z]{1,2})"
+HEADER = (r"(?:^[ *#]*|(?<=[.!?:])\s|(?P<inline> )) ?(?P<name>NAMES) ?(?::|$)"
+          r"|(?:^[ *#]*|(?<=[.!?])\s) ?(?=(?P<other>(?-i:[A-Z][A-Z0-9_ ,/&()-]{1,99}"
+          rf"|{WORD}(?: {WORD}){{0,3}})) ?(?P<colon>[:;]| [-–] |$))")
 
 
-# ---------------------------------------------------------------- cleaning: sections and reports
+def section_of(header, section):
+    """The section that a match of HEADER begins after `section`; None: it is no header."""
+    known = phrases()
+    if header["inline"] and not (header["name"].isupper() and header[0].endswith(":")):
+        return None  # "the following findings:" in a sentence
+    if header["name"]:
+        return next(key for key, names in known.headers.items() if names.match(header["name"]))
+    name = header["other"].lower()
+    if near := difflib.get_close_matches(name, known.spelling, 1, .8):
+        return known.spelling[near[0]]
+    if header["colon"] != ":":
+        return None
+    finding = any(mention.search(name) for mention in known.mentions.values())
+    if known.earlier.search(name) and not finding:
+        return "SKIP"
+    if not header["other"].isupper():
+        return None
+    if re.search(r"\b(?:chest|radiographs?|views?)\b", name):
+        return "BODY"
+    known_part = finding or known.organs.search(name) or section in ("FINDINGS", "IMPRESSION")
+    return None if known_part else "SKIP"
+
+
 def split_sections(text):
     """Report -> {"FINDINGS": ..., "IMPRESSION": ...}, only those that it has. Headers come in any
     order and case, with a colon or alone on a line. Without a FINDINGS header the findings are what
     stands under none: before the first, after "FINAL REPORT" or "CHEST, PA AND LATERAL:", or after
-    a blank line."""
+    a blank line. What an unknown header announces before the findings is left out."""
     text = re.sub(r"[^\S\n]+", " ", text)
     sections = {"FINDINGS": "", "IMPRESSION": "", "BODY": ""}
     section, start = "BODY", 0
-    for m in [*HEADER_RE.finditer(text), None]:
-        if m and m["inline"] and not (m["name"].isupper() and m[0].endswith(":")):
-            continue  # "the following findings:" in a sentence
+    for m in [*phrases().header.finditer(text), None]:
+        following = section_of(m, section) if m else "BODY"
+        if not following:
+            continue
         chunk = text[start:m.start() if m else len(text)]
         if section == "SKIP":
             section, chunk = "BODY", "".join(re.split(r"\n\s*\n", chunk, maxsplit=1)[1:])
         sections[section] += "\n\n" + chunk
-        if m:
-            start, name = m.end(), m["name"] or ""
-            section = next((k for k, p in HEADERS.items() if re.fullmatch(p, name, re.I)), "BODY")
+        section, start = following, m and m.end("colon" if m["other"] else 0)
     body = sections.pop("BODY")
     sections["FINDINGS"] = sections["FINDINGS"] if sections["FINDINGS"].strip() else body
     return {k: v.strip() for k, v in sections.items() if v.strip()}
 
 
+def join_sections(sections):
+    return " ".join(f"{k}: {' '.join(v.split())}" for k, v in sections.items() if v.strip())
+
+
 @lru_cache(1 << 16)
 def clean_sentence(sentence):
     """One sentence without what its image cannot show; "" where nothing is left."""
-    for pattern, new in RULES_RE.values():
+    for pattern, new in phrases().rules.values():
         if new is not None:
             sentence = pattern.sub(new, sentence)
         elif pattern.search(sentence):
@@ -1304,36 +1264,24 @@ def clean_sentence(sentence):
     return sentence[0].upper() + sentence[1:] + "."
 
 
-def join_sections(sections):
-    return " ".join(f"{k}: {' '.join(v.split())}" for k, v in sections.items() if v.strip())
-
-
 def clean_report(text):
     """Report -> "FINDINGS: ... IMPRESSION: ..." as the paper trains on, "" where nothing is left.
-    `RULES` names what goes; change is restated as present ("increased effusion" -> "effusion")."""
-    cleaned = {}
+    The rules of PHRASES stand for the paper's language model, whose prompts are unpublished (ours).
+    They name what goes; change becomes present state ("increased effusion" -> "effusion")."""
+    known, cleaned = phrases(), {}
     for name, section in split_sections(text).items():
-        section = TITLE_RE.sub(lambda m: m[1].replace(".", ""), MARK_RE.sub(" ___ ", section))
+        section = known.title.sub(lambda m: m[1].replace(".", ""), known.removed.sub(" ___ ", section))
         cleaned[name] = " ".join(filter(None, map(clean_sentence, split_sentences(section))))
     return join_sections(cleaned)
 
 
-def clean_checked(text):
-    """-> (cleaned report, True), or (its sections as they were, False) where a label changed."""
-    cleaned = clean_report(text)
+def clean_checked(text, answer=None):
+    """Report, and perhaps a model's answer -> (cleaned report, True), or (its sections as they were,
+    False) where a label changed."""
+    cleaned = clean_report(text) if answer is None else join_sections(split_sections(answer))
     if label_report(cleaned) == label_report(text):
         return cleaned, True
     return join_sections(split_sections(text)), False
-
-
-CLEAN_PROMPT = """Rewrite this chest X-ray report so that it says only what the image can show.
-Remove blanks left by de-identification, comparisons with earlier studies, views, technique, dates,
-and who was told. State change as present fact: "increased left effusion" becomes "left effusion".
-Keep each finding with its side, size, severity, certainty and negation, and add nothing. Answer
-"FINDINGS: ... IMPRESSION: ..." without a section that is empty.\n\nReport: {report}"""
-JUDGE_PROMPT = """Does the cleaned chest X-ray report keep every present or absent finding of the
-original (with side, size, severity, certainty), add none, and name no earlier study, view, date or
-person? Answer YES, or NO and the first fault.\n\nOriginal: {report}\n\nCleaned: {cleaned}"""
 
 
 # ---------------------------------------------------------------- a first look
@@ -1401,8 +1349,9 @@ def export_prompts(source, path):
     if splits["train"].layout in ("phantom", "NIH ChestX-ray14"):
         raise UserError(f"{source} has no written reports to clean")
     reports = {item.id: d.raw(i) for d in splits.values() for i, item in enumerate(d.items)}
-    lines = (json.dumps({"id": name, "clean": CLEAN_PROMPT.format(report=raw), "judge":
-                         JUDGE_PROMPT.format(report=raw, cleaned=clean_checked(raw)[0])})
+    lines = (json.dumps({"id": name, "clean": phrases().value("prompts", "clean").replace("{report}", raw), "judge":
+                         phrases().value("prompts", "judge").replace("{cleaned}", clean_checked(raw)[0])
+                         .replace("{report}", raw)})
              for name, raw in reports.items())
     with atomic(path) as temporary:
         temporary.write_text("\n".join([*lines, ""]))
