@@ -2,8 +2,8 @@
 
 An image is grey, uint8 (h, w). A report is `FINDINGS: ... IMPRESSION: ...`, or one of both. Sides
 are the patient's: the patient's left is on the viewer's right. In this order: images, data folders,
-batches, phantoms (synthetic images without end) and their reports, labels of reports, cleaning of
-reports, a first look at a folder (`python data.py DIR`).
+batches, a first look at a folder (`python data.py DIR`); then the synthetic data set, and how
+reports are labelled and cleaned.
 """
 
 import argparse
@@ -32,11 +32,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import (Image, ImageDraw, ImageFilter, ImageFont, ImageOps, TiffImagePlugin,
+                 UnidentifiedImageError)
 
 CLASSES = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity",
            "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax",
            "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices")
+ASSETS = Path(__file__).resolve().parent / "assets"
 
 
 class UserError(Exception):
@@ -68,18 +70,14 @@ def plain_streams():
             stream.reconfigure(errors="backslashreplace")
 
 
-def read_toml(path):
-    """TOML file -> dict. UserError if it cannot be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); correct it") from None
-
-
 # ---------------------------------------------------------------- images
 warnings.filterwarnings("ignore", module="PIL")  # on odd metadata, and what read_image refuses
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # no EPS: that would start Ghostscript
 ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
+PNG = b"\x89PNG\r\n\x1a\n"
+for key, how in [*TiffImagePlugin.OPEN_INFO.items()]:  # deep TIFFs whose 0 is white, as others
+    if key[1] == 1 and how[0][0] in "IF":
+        TiffImagePlugin.OPEN_INFO.setdefault((key[0], 0, *key[2:]), how)
 
 
 def read_image(path, at_least=0):
@@ -104,12 +102,10 @@ def read_image(path, at_least=0):
         if head[128:] == b"DICM":
             raise UserError(f"{path} is a DICOM file; convert it to PNG first, for example with "
                             f"DCMTK: dcmj2pnm --write-16-bit-png {path} IMAGE.png") from None
-        problem = " ".join(str(error).split()) if head else "it is empty"
+        problem = ("it is empty" if not head else "its format is not known" if isinstance(
+            error, UnidentifiedImageError) else " ".join(str(error).split()))
         raise UserError(f"{path} is no readable image ({problem}); give a whole PNG, JPEG or TIFF "
                         f"of at most {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
-
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def png_pixels(file):
@@ -133,20 +129,21 @@ def decode(file, at_least):
             raise ValueError(f"{image.width} x {image.height} pixels")
         if at_least:
             image.draft("L", (at_least, at_least))
-        tiff = dict(image.tag_v2) if image.format == "TIFF" else {}
-        raw = re.fullmatch(r"(\w+);16([BLN])", raw_mode(image.tile[0]) if image.tile else "")
+        tags = dict(image.tag_v2) if image.format == "TIFF" else {}
+        raw = image.tile[0].args if image.tile else ""  # how the bytes lie, in PIL's words
+        raw = raw if isinstance(raw, str) else raw[0]
         image.load()
         try:
             turn = image.getexif().get(ORIENTATION, 1)
         except Exception:  # garbage: the pixels are whole all the same
             turn = 1
-        if raw and image.mode[0] != "I":
-            pixels = stretch(colour16(file, *raw.groups()))
-        elif image.mode[0] in "IF":  # I;16, I, F; PIL inverts 0 = white in 8 bits only
+        if image.mode[0] in "IF":  # I;16, I, F; PIL inverts 0 = white in 8 bits only
             x = np.asarray(image).astype(np.float64)
-            pixels = stretch(-x if tiff.get(PHOTOMETRIC) == 0 else x)
-        elif max(tiff.get(BITS, (8,))) > 8:
-            raise ValueError(f"{max(tiff[BITS])} bits a channel, {image.mode}")
+            pixels = stretch(-x if tags.get(PHOTOMETRIC) == 0 else x)
+        elif re.fullmatch("RGBA?;16[BLN]", raw):
+            pixels = stretch(colour16(file, np.asarray(image), raw))
+        elif ";16" in raw or max(tags.get(BITS, (8,))) > 8:
+            raise ValueError(f"its depth, 16 bits a channel of {image.mode}, is not known")
         else:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -164,31 +161,17 @@ def stretch(x):
     return np.nan_to_num((x - low) * (255 / max(high - low, 1e-30))).round().astype(np.uint8)
 
 
-def raw_mode(tile):
-    """How the bytes of a part of an image lie, in PIL's words."""
-    return tile.args if isinstance(tile.args, str) else tile.args[0]
-
-
-def colour16(file, channels, order):
-    """A colour image of 16 bits a channel -> float (h, w) grey. PIL gives one byte of each two, the
-    high one; read in the other byte order, it gives the low one. ValueError if it cannot."""
-    def unpack(raw, mode):
-        file.seek(0)
-        with Image.open(file, formats=FORMATS) as image:
-            image._mode, image.tile = mode, [tile._replace(
-                args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
-                for tile in image.tile]
-            return np.asarray(image).astype(np.float64)
-
-    if channels == "LA":  # PNG; four bytes a pixel, as in RGBA of 8 bits
-        x = unpack("RGBA", "RGBA")
-        return (x[..., 0] * 256 + x[..., 1]) * (x[..., 2] * 256 + x[..., 3]) / 65535
-    if channels not in ("RGB", "RGBA"):
-        raise ValueError(f"16 bits a channel, {channels}")
-    order = sys.byteorder[0].upper() if order == "N" else order
-    high, low = ("BL", "LB")[order == "L"]
-    x = unpack(f"{channels};16{high}", channels) * 256 + unpack(f"{channels};16{low}", channels)
-    return x[..., :3] @ (.299, .587, .114) * (x[..., 3] / 65535 if channels == "RGBA" else 1)
+def colour16(file, high, raw):
+    """A colour image of 16 bits a channel -> float (h, w) grey. PIL gives the high byte of each
+    two; in the other byte order it gives the low one."""
+    order = raw[-1].replace("N", sys.byteorder[0].upper())
+    other = raw[:-1] + {"B": "L", "L": "B"}[order]
+    file.seek(0)
+    with Image.open(file, formats=FORMATS) as image:
+        image.tile = [tile._replace(args=other if isinstance(tile.args, str)
+                                    else (other, *tile.args[1:])) for tile in image.tile]
+        x = high * 256. + np.asarray(image)
+    return x[..., :3] @ (.299, .587, .114) * (x[..., 3] / 65535 if x.shape[2] == 4 else 1)
 
 
 def square(image, size):
@@ -210,7 +193,6 @@ def vae_pixels(images):
     """uint8 (b, h, w) -> float (b, 3, h, w) in [-1, 1], as the VAE wants it (released code)."""
     return (images.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
 
-
 # ---------------------------------------------------------------- data folders
 class Dropped(dict):
     """Reason -> [count, first example]: nothing is left out without a word."""
@@ -225,7 +207,7 @@ class Dropped(dict):
 
 
 def table(path, columns, dropped):
-    """Yield the wanted columns of a .csv, .csv.gz or .jsonl file, a tuple a row: of "a|b" the first
+    """Yield the wanted columns of a .csv, .csv.gz or .jsonl file, a list a row: of "a|b" the first
     that it has; "a?" may be absent and is then "". UserError if it is unreadable or lacks one."""
     opener = gzip.open if path.suffix == ".gz" else open
     try:
@@ -245,7 +227,7 @@ def table(path, columns, dropped):
                 elif row:
                     dropped.add(f"rows of {path.name} cut short, skipped", row[0])
     except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error}); mend it or copy it again") from None
+        raise UserError(f"{path} cannot be read ({error}); fix it or copy it again") from None
 
 
 def json_rows(lines):
@@ -281,8 +263,9 @@ class Item(NamedTuple):
     """An image. The images of one study share `id`, the name of their report."""
     id: str
     path: str          # below the data folder
-    report: str        # as found: its text, or the name of its file (MIMIC), or labels (NIH)
+    report: str
     caption: str = ""  # what to generate it from, if that is not the report
+    kind: str = "raw"  # of the report: "raw", "clean", a "file" (MIMIC), or "labels" (NIH)
 
 
 def mimic_rows(root, dropped, splits, views):
@@ -292,7 +275,7 @@ def mimic_rows(root, dropped, splits, views):
     for name, study, subject, split in table(splits[0], columns, dropped):
         folder = f"files/p{subject[:2]}/p{subject}/s{study}"
         why = "" if views.get(name) in ("AP", "PA") else "images not frontal (AP, PA)"
-        yield split, Item(f"s{study}", f"{folder}/{name}.jpg", f"{folder}.txt"), why
+        yield split, Item(f"s{study}", f"{folder}/{name}.jpg", f"{folder}.txt", "", "file"), why
 
 
 def iu_rows(root, dropped, reports, projections):
@@ -316,13 +299,18 @@ def iu_rows(root, dropped, reports, projections):
 def nih_rows(root, dropped, entries):
     folders = [str(p.relative_to(root)) for p in (root / "images", *root.glob("images_*/images"))]
     where = {name: folder for folder in folders for name in listing(root / folder)}
-    official = root / "test_list.txt"
-    tests = set(official.read_text("latin-1").split()) if official.exists() else None
+    official, tests = root / "test_list.txt", None
+    if official.exists():
+        try:
+            tests = set(official.read_text("latin-1").split())
+        except OSError as error:
+            raise UserError(f"{official} cannot be read ({error}); fix it or remove it") from None
     columns, known = ("image index", "finding labels", "patient id"), {*NIH, "No Finding"}
     for name, labels, patient in table(entries[-1], columns, dropped):
         why = "" if known.issuperset(labels.split("|")) else "images with an unknown label"
         split = hash_split(patient, None if tests is None else name in tests)
-        yield split, Item(name, f"{where.get(name, 'images')}/{name}", sys.intern(labels)), why
+        path = f"{where.get(name, 'images')}/{name}"
+        yield split, Item(name, path, sys.intern(labels), "", "labels"), why
 
 
 def listed_rows(root, dropped, files):
@@ -335,42 +323,58 @@ def listed_rows(root, dropped, files):
             path = re.sub(r"^(?=p\d\d/)", "files/", path.replace("\\", "/"))  # inside MIMIC
             patient = re.search(r"p\d{8}", path) or [path]
             split = split or hash_split(patient[0], named and named[0] == "test")
-            yield split, Item(name or path, path, report, caption), ""
+            kind = "clean" if caption == report else "raw"  # CheXGenBench's prompts are clean
+            yield split, Item(name or path, path, report, caption, kind), ""
 
 
-LAYOUTS = {  # name: its rows(root, dropped, files of each mark), and the marks
-    "MIMIC-CXR-JPG": (mimic_rows, "mimic-cxr-2*-split.csv*", "mimic-cxr-2*-metadata.csv*"),
-    "IU / Open-i": (iu_rows, "indiana_reports.csv*", "indiana_projections.csv*"),
-    "NIH ChestX-ray14": (nih_rows, "Data_Entry_2017*.csv*"),
+LAYOUTS = {  # name: its rows(root, dropped, files of each pattern), and the patterns of its tables
+    "MIMIC-CXR-JPG": (mimic_rows, "mimic-cxr-2.?.?-split.csv", "mimic-cxr-2.?.?-metadata.csv"),
+    "IU / Open-i": (iu_rows, "indiana_reports.csv", "indiana_projections.csv"),
+    "NIH ChestX-ray14": (nih_rows, "Data_Entry_2017.csv|Data_Entry_2017_v????.csv"),
     "CheXGenBench": (listed_rows, "LLAVARAD_ANNOTATIONS_*.csv"),
-    "plain folder": (listed_rows, "metadata.csv*"),
+    "plain folder": (listed_rows, "metadata.csv"),
     "plain JSON folder": (listed_rows, "metadata.jsonl"),
     "table of prompts": (listed_rows, "*.csv")}
 ENDLESS = 1 << 40
 SPLITS = {"tra": "train", "val": "val", "dev": "val", "tes": "test"}  # validate, testing, ...
 
 
-def read_data(source, size, task="report"):
+def tables_of(files, pattern):
+    """The files whose names fit, also with .gz, unless they are there unpacked. No backups
+    (prompts.csv.bak), no archives, no files of the system or an editor (._prompts.csv)."""
+    plain = [f for f in files if f.name[0] not in ".~#" and any(map(f.match, pattern.split("|")))]
+    packed = [f for f in files if f.suffix == ".gz" and f.with_suffix("") not in plain
+              and tables_of([f.with_suffix("")], pattern)]
+    return plain + packed
+
+
+def read_data(source, size, task="report", raw=False):
     """'phantom' or a data folder (or one table of it) -> {"train", "val", "test": Dataset}; looks
     at no image. Where CheXGenBench's prompts lie in another layout's folder, the task "image" takes
-    these. UserError if the folder or a table is missing, unknown or broken."""
+    these. Reports are those of cleaned.jsonl where it has them, unless `raw`.
+    UserError if the folder or a table is missing, unknown or broken."""
     root, dropped, cleaned = Path(source), Dropped(), {}
     splits = {"train": range(ENDLESS), "val": range(512), "test": range(512)}
     if source == "phantom":
-        return {k: Dataset(root, source, k, v, size, dropped, cleaned) for k, v in splits.items()}
+        return {k: Dataset(root, source, k, v, size, dropped) for k, v in splits.items()}
     files = sorted(root / name for name in listing(root)) or [root] * os.path.isfile(root)
     root = root.parent if files == [root] else root
-    found = {name: [[f for f in files if f.match(mark)] for mark in marks]
-             for name, (_, *marks) in LAYOUTS.items()}
+    found = {name: [tables_of(files, pattern) for pattern in patterns]
+             for name, (_, *patterns) in LAYOUTS.items()}
     found = {name: tables for name, tables in found.items() if all(tables)}
     if not found:
-        wanted = "; ".join(f"{name} ({', '.join(marks)})" for name, (_, *marks) in LAYOUTS.items())
+        wanted = "; ".join(f"{name} ({', '.join(pats)})" for name, (_, *pats) in LAYOUTS.items())
         problem = "holds no known layout" if os.path.exists(source) else "does not exist"
         raise UserError(f"{source} {problem}; give 'phantom' or a folder of one of: {wanted}")
     layout = "CheXGenBench" if "CheXGenBench" in found and task == "image" else next(iter(found))
-    splits, seen = {"train": [], "val": [], "test": []}, set()
+    if not raw and (root / "cleaned.jsonl").exists():
+        cleaned = dict(table(root / "cleaned.jsonl", ("id", "report"), dropped))
+    splits, seen, unused = {"train": [], "val": [], "test": []}, set(), set(cleaned)
     for name, item, why in LAYOUTS[layout][0](root, dropped, *found[layout]):
         split = SPLITS.get(name.strip().lower()[:3])
+        if item.kind in ("raw", "file") and item.id in cleaned and not why:
+            unused.discard(item.id)
+            item = item._replace(report=cleaned[item.id], kind="clean")
         why = why or (
             "rows of an unknown split" if not split else
             "rows without an image" if not item.path else
@@ -383,34 +387,41 @@ def read_data(source, size, task="report"):
             seen.add(item.path)
             splits[split].append(item)
     dropped.rows = len(seen) + sum(count for count, _ in dropped.values())
-    if (root / "cleaned.jsonl").exists():
-        cleaned = dict(table(root / "cleaned.jsonl", ("id", "report"), dropped))
-        for name in cleaned.keys() - {item.id for items in splits.values() for item in items}:
-            dropped.add("lines of cleaned.jsonl of unknown id, unused", name)
-    return {k: Dataset(root, layout, k, v, size, dropped, cleaned) for k, v in splits.items()}
+    for name in sorted(unused):
+        dropped.add("lines of cleaned.jsonl of unknown id, unused", name)
+    return {k: Dataset(root, layout, k, v, size, dropped) for k, v in splits.items()}
 
 
 def open_data(source, split, size, task="report"):
-    """-> the Dataset of a split of 'phantom' or of a data folder, its images known to be there."""
+    """-> the Dataset of a split of 'phantom' or of a data folder, its images known to be there.
+    Says on stderr if reports are not cleaned yet."""
     data = read_data(source, size, task)[split]
     data.drop_missing()
+    if raw := 0 if data.layout == "phantom" else sum(
+            item.kind in ("raw", "file") for item in data.items):
+        say_once(f"{raw:,} of {len(data):,} reports of the {split} split are not cleaned; clean "
+                 f"them before training: python data.py {data.root} --clean")
     return data
+
+
+@lru_cache(None)
+def say_once(text):
+    print(text, file=sys.stderr)
 
 
 # ---------------------------------------------------------------- batches
 UNREADABLE, EMPTY = "images unreadable, skipped", "reports missing or empty, skipped"
-UNCLEANED = "reports kept uncleaned"
 
 
 class Dataset:
-    """The images and reports of a split, decoded and cleaned when they are asked for: ds[i] is
-    {"image": uint8 (size, size), "report", "caption", "index", ...}. For a broken image or an empty
-    report the next good item stands in (its index is given), and `dropped` counts it. UserError if
-    over 5% of the images are missing or, of 20 or more decoded, unreadable."""
+    """The images and reports of a split, opened when they are asked for: ds[i] is
+    {"image": uint8 (size, size), "report", "caption", "index", "notes"}. A broken image or an empty
+    report is replaced by the next good item (whose index is given), and `dropped` counts it.
+    UserError if over 5% of the images are missing or, of 20 or more decoded, unreadable."""
 
-    def __init__(self, root, layout, split, items, size, dropped, cleaned):
+    def __init__(self, root, layout, split, items, size, dropped):
         self.root, self.layout, self.split, self.items, self.size = root, layout, split, items, size
-        self.dropped, self.cleaned, self.seen, self.unreadable = dropped, cleaned, set(), 0
+        self.dropped, self.seen, self.unreadable = dropped, set(), 0
 
     def __len__(self):
         return len(self.items)
@@ -420,13 +431,13 @@ class Dataset:
         self.account([sample])
         return sample
 
-    def __getitems__(self, indices):  # what a DataLoader worker calls: its counts would be lost
+    def __getitems__(self, indices):  # what a loader process calls: its counts would be lost
         return [self.fetch(index) for index in indices]
 
     def fingerprint(self):
         """A name for caches: changes with the layout, the split, the size and any item."""
         known = repr((self.layout, self.split, self.size, self.items))
-        return hashlib.sha256(known.encode()).hexdigest()[:16]
+        return hashlib.sha256(known.encode(errors="backslashreplace")).hexdigest()[:16]
 
     def drop_missing(self):
         """Leave out and count the items whose image is not there; lists every folder once."""
@@ -448,59 +459,55 @@ class Dataset:
 
     def raw(self, i):
         """The i-th report as it was found: "" if its file is missing."""
-        text, in_file = self.items[i].report, self.layout == "MIMIC-CXR-JPG"
-        for folder in ("mimic-cxr-reports", "") if in_file else ():
+        item = self.items[i]
+        for folder in ("mimic-cxr-reports", "") if item.kind == "file" else ():
             with contextlib.suppress(OSError):
-                return (self.root / folder / text).read_text(errors="replace")
-        return "" if in_file else text
+                return (self.root / folder / item.report).read_text("utf-8", errors="replace")
+        return "" if item.kind == "file" else item.report
 
     def text(self, i):
         """-> the i-th report in the form FINDINGS: ... IMPRESSION: ..., and whether it is clean."""
         if self.layout == "phantom":
             return phantom_scene(self.split, i)[2], True
         item = self.items[i]
-        if item.id in self.cleaned:
-            return self.cleaned[item.id], True
-        if item.caption == item.report:  # CheXGenBench's prompts are clean
-            return item.report, True
-        if self.layout == "NIH ChestX-ray14":  # has no reports: one is written, always the same
+        if item.kind == "labels":  # NIH has no reports: one is written, always the same
             found = [NIH[label] for label in item.report.split("|") if label in NIH]
             return write_report(found, np.random.default_rng([*item.id.encode()])), True
-        return clean_checked(self.raw(i))
+        if item.kind == "clean":
+            return item.report, True
+        return join_sections(split_sections(self.raw(i))), False
 
     def fetch(self, index):
-        """ds[index] with "notes", [(index, reason, path)] of what it replaces; counts nothing."""
+        """ds[index]; "notes" are (index, path, what is wrong or "") of all that was opened."""
         if self.layout == "phantom":
             made = phantom(self.split, index, self.size)
             return {"image": made.image, "report": made.report, "caption": made.report,
                     "index": index, "notes": [(index, "", "")]}
         n, notes = len(self), []
         for i in range(index, index + min(n, max(20, n // 20 + 1))):  # more is over 5% for sure
-            item, (report, clean) = self.items[i % n], self.text(i % n)
-            image, reason = None, "" if clean else UNCLEANED
-            try:
+            item, (report, _), image = self.items[i % n], self.text(i % n), None
+            with contextlib.suppress(UserError):
                 image = square(read_image(self.root / item.path, 2 * self.size), self.size)
-            except UserError:
-                reason = UNREADABLE
-            notes.append((i % n, reason if report else EMPTY, item.path))
-            if report and image is not None:
+            wrong = EMPTY if not report else UNREADABLE if image is None else ""
+            notes.append((i % n, item.path, wrong))
+            if not wrong:
                 break
         return {"image": image, "report": report, "caption": item.caption or report,
                 "index": i % n, "notes": notes}
 
     def account(self, samples):
         """Count what is new in the samples' notes. UserError where too much is broken."""
-        for i, reason, path in itertools.chain(*(sample["notes"] for sample in samples)):
-            if reason and i not in self.seen:
-                if reason not in self.dropped:
-                    print(f"{path}: {reason}; from here on only counted", file=sys.stderr)
-                self.dropped.add(reason, path)
-                self.unreadable += reason == UNREADABLE
+        for i, path, wrong in itertools.chain(*(sample["notes"] for sample in samples)):
+            if wrong and i not in self.seen:
+                if wrong not in self.dropped:
+                    print(f"{path}: {wrong}; from here on only counted", file=sys.stderr)
+                self.dropped.add(wrong, path)
+                self.unreadable += wrong == UNREADABLE
             self.seen.add(i)
-        lost = any(sample["notes"][-1][1] in (UNREADABLE, EMPTY) for sample in samples)
+        lost = any(sample["notes"][-1][2] for sample in samples)
         enough = max(len(self.seen), min(len(self), 400))  # else a few early ones stop a good run
         if lost or len(self.seen) >= 20 and self.unreadable > .05 * enough:
-            raise UserError(f"too much of {self.root} is broken; mend or remove it: "
+            raise UserError(f"too much of {self.root} is broken; fix or remove it: "
                             + "; ".join(self.dropped.lines()))
 
 
@@ -601,6 +608,7 @@ def kill_workers():
         process.kill()
 
 
+# You need not read on: the rest makes the synthetic data set, and labels and cleans reports.
 # ---------------------------------------------------------------- phantoms: what can be found
 class Finding(NamedTuple):
     """One finding; "" stands for not known or not applicable."""
@@ -1038,9 +1046,17 @@ def impression(caption):
 
 
 # ---------------------------------------------------------------- labels and cleaning: phrases
-PHRASES = Path(__file__).resolve().parent / "assets" / "phrases.toml"
+PHRASES = ASSETS / "phrases.toml"
 SECTIONS = ("FINDINGS", "IMPRESSION", "BODY", "SKIP")
 WORDS = r"(?<!\w)(?:{})(?!\w)"
+
+
+def read_toml(path):
+    """TOML file -> dict. UserError if it cannot be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); correct it") from None
 
 
 class Phrases:
@@ -1111,8 +1127,9 @@ def phrases():
 # ---------------------------------------------------------------- labels: reading a report
 # A sentence ends before white space, and between two words or before a number without it; a list
 # item begins at the start of a line, or inside one where its mark cannot be taken for a word.
-SENTENCE_END = re.compile(r"(?:(?<=[.!?…。])|(?<=[.!?…]['\")\]]))\s+|(?<=[^\W\d_]{2}[.!?…。])"
-                          r"(?=['\"(\[]?\w)|(?<=\d[.!?])(?=[^\W\d_]{2})")
+SENTENCE_END = re.compile(
+    r"(?:(?<=[.!?…。])|(?<=[.!?…]['\")\]]))\s+|(?<=[^\W\d_]{2}[.!?…。])(?=['\"(\[]?\w)"
+    r"|(?<=\d[.!?])(?=[^\W\d_]{2})")
 MARK = (r"[(\[]?(?:\d{1,2}|[a-z]|[ivx]{1,4})[]).:/-]+(?!\d)|(?:\d{1,2}|o)(?=\s)(?! ?[cm]m\b)"
         r"|[^\w\s.,;:()'\"/]+")
 ITEM = re.compile(rf"\n\s*\n|\n\s*(?:{MARK})\s*|\s*[•·▪◦‣●○■]+\s*"
@@ -1270,21 +1287,22 @@ def clean_report(text):
     They name what goes; change becomes present state ("increased effusion" -> "effusion")."""
     known, cleaned = phrases(), {}
     for name, section in split_sections(text).items():
-        section = known.title.sub(lambda m: m[1].replace(".", ""), known.removed.sub(" ___ ", section))
+        section = known.removed.sub(" ___ ", section)
+        section = known.title.sub(lambda m: m[1].replace(".", ""), section)
         cleaned[name] = " ".join(filter(None, map(clean_sentence, split_sentences(section))))
     return join_sections(cleaned)
 
 
 def clean_checked(text, answer=None):
-    """Report, and perhaps a model's answer -> (cleaned report, True), or (its sections as they were,
-    False) where a label changed."""
+    """Report, and perhaps a model's answer -> (cleaned report, True), or (its sections as they
+    were, False) where a label changed."""
     cleaned = clean_report(text) if answer is None else join_sections(split_sections(answer))
     if label_report(cleaned) == label_report(text):
         return cleaned, True
     return join_sections(split_sections(text)), False
 
 
-# ---------------------------------------------------------------- a first look
+# ---------------------------------------------------------------- a first look, and cleaning
 def save_image(image, path):
     """Write an image, uint8 (h, w) or (h, w, 3), as PNG, whole or not at all."""
     with atomic(path) as temporary:
@@ -1295,6 +1313,7 @@ def sheet(images, captions, columns, path):
     """Write a PNG of images, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
     font, cells, gap = ImageFont.load_default(13), [], 8
     for image, caption in zip(images, captions):
+        caption = caption.encode(errors="replace").decode()
         cell = Image.fromarray(np.asarray(image)).convert("RGB")
         cell = ImageOps.scale(cell, max(1, round(192 / max(cell.size))), Image.Resampling.NEAREST)
         width, place = max(192, cell.width), (0, cell.height + 4)
@@ -1333,38 +1352,72 @@ def first_look(source, out):
     texts, clean = zip(*map(data.text, range(0, len(data), -(-len(data) // 2000))))
     low, mid, high = np.percentile([len(text.split()) for text in texts], (5, 50, 95))
     print(f"{len(texts):,} reports of {mid:.0f} words, 5-95%: {low:.0f}-{high:.0f}; "
-          f"{clean.count(False)} of them kept as they were: cleaning would change their labels")
+          f"{clean.count(False):,} of them not cleaned (--clean)")
     labels = [label_report(text) for text in texts]
     print(f"{'':28}positive uncertain negative")
     for name in CLASSES:
-        marks = [label.get(name) for label in labels]
-        print(f"{name:28}{marks.count(1):8}{marks.count(-1):10}{marks.count(0):9}")
+        values = [label.get(name) for label in labels]
+        print(f"{name:28}{values.count(1):8}{values.count(-1):10}{values.count(0):9}")
     for line in data.dropped.lines():
         print(f"left out: {line}")
 
 
+def raw_reports(source):
+    """-> the path of cleaned.jsonl, {id: report as found}. UserError if there is none to clean."""
+    splits = read_data(source, size=256, raw=True).values()
+    reports = {item.id: d.raw(i) for d in splits if d.layout != "phantom"
+               for i, item in enumerate(d.items) if item.kind in ("raw", "file")}
+    if not reports:
+        raise UserError(f"{source} has no written reports to clean")
+    return next(iter(splits)).root / "cleaned.jsonl", reports
+
+
+def write_jsonl(path, records):
+    with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def clean_folder(source, answers=None):
+    """Write cleaned.jsonl, {"id", "report"} a line: each report by the rules or, where `answers`
+    (.jsonl, {"id", "report"}) has one, by a model. Where labels would change, it stays as is."""
+    path, reports = raw_reports(source)
+    answers = dict(table(Path(answers), ("id", "report"), Dropped())) if answers else {}
+    cleaned = {name: clean_checked(raw, answers.get(name)) for name, raw in reports.items()}
+    write_jsonl(path, ({"id": name, "report": text} for name, (text, _) in cleaned.items()))
+    kept = [name for name, (_, same) in cleaned.items() if not same]
+    print(f"{path}: {len(cleaned):,} reports, {len(answers.keys() & cleaned):,} by answers; "
+          f"{len(kept):,} kept as they were, where labels would change{': ' * bool(kept)}"
+          f"{', '.join(kept[:3])}; {len(answers.keys() - cleaned):,} answers of unknown id")
+
+
 def export_prompts(source, path):
     """Write a line {"id", "clean", "judge"} a report: prompts for a language model that cleans."""
-    splits = read_data(source, size=256)
-    if splits["train"].layout in ("phantom", "NIH ChestX-ray14"):
-        raise UserError(f"{source} has no written reports to clean")
-    reports = {item.id: d.raw(i) for d in splits.values() for i, item in enumerate(d.items)}
-    lines = (json.dumps({"id": name, "clean": phrases().value("prompts", "clean").replace("{report}", raw), "judge":
-                         phrases().value("prompts", "judge").replace("{cleaned}", clean_checked(raw)[0])
-                         .replace("{report}", raw)})
-             for name, raw in reports.items())
-    with atomic(path) as temporary:
-        temporary.write_text("\n".join([*lines, ""]))
+    clean, judge = (phrases().value("prompts", key) for key in ("clean", "judge"))
+    write_jsonl(path, ({
+        "id": name, "clean": clean.replace("{report}", raw),
+        "judge": judge.replace("{cleaned}", clean_checked(raw)[0]).replace("{report}", raw)}
+        for name, raw in raw_reports(source)[1].items()))
 
 
 def main():
     parser = argparse.ArgumentParser(description="A first look at a data folder.")
     parser.add_argument("source", nargs="?", default="phantom", metavar="DIR")
     parser.add_argument("--out", default="sheet.png", help="where the sheet of images goes")
+    parser.add_argument("--clean", action="store_true", help="write DIR/cleaned.jsonl, which "
+                        "training reads: reports without what an image cannot show")
+    parser.add_argument("--answers", metavar="FILE", help="clean with a language model's answers, "
+                        '{"id", "report"} a line; each is checked, and the rest goes by the rules')
     parser.add_argument("--export-prompts", metavar="FILE", help="write the reports as prompts for "
-                        "a language model; put its answers into DIR/cleaned.jsonl")
+                        "a language model; give its answers to --clean --answers")
     args = parser.parse_args()
+    plain_streams()
     try:
+        if not Path(args.out).absolute().parent.is_dir():
+            raise UserError(f"--out {args.out}: there is no such folder")
+        if args.answers and not args.clean:
+            raise UserError("--answers is for cleaning; add --clean")
+        if args.clean:
+            clean_folder(args.source, args.answers)
         first_look(args.source, args.out)
         if args.export_prompts:
             export_prompts(args.source, args.export_prompts)

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
-from data import (UserError, batches, label_report, open_data, phantom, phantom_scene, read_data,
-                  read_image, sheet, square, vae_pixels, vit_pixels)
+from data import (UserError, batches, clean_folder, label_report, open_data, phantom, phantom_scene,
+                  read_data, read_image, sheet, square, vae_pixels, vit_pixels)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -106,6 +106,120 @@ def test_exif_rotation_is_undone(tmp_path, mode):
     assert abs(got - want).max() <= 1
 
 
+def tiff(pixels, photometric, order="<", compression=1):
+    """An uncompressed or deflated TIFF of uint8 or uint16, grey or colour."""
+    h, w, *c = pixels.shape
+    bits, c = pixels.dtype.itemsize * 8, c[0] if c else 1
+    data = pixels.astype(pixels.dtype.newbyteorder(order)).tobytes()
+    data = data if compression == 1 else zlib.compress(data)
+    tags = [(256, 4, w), (257, 4, h), (258, 3, bits), (259, 3, compression), (262, 3, photometric),
+            (273, 4, 8), (277, 3, c), (278, 4, h), (279, 4, len(data))]
+    head = (b"II" if order == "<" else b"MM") + struct.pack(order + "HI", 42, 8 + len(data) + 8)
+    rows = b""
+    for tag, kind, value in tags:
+        if tag == 258 and c > 1:
+            rows += struct.pack(order + "HHII", 258, 3, c, 8 + len(data))
+        else:
+            rows += struct.pack(order + "HHI" + ("HH" if kind == 3 else "I"), tag, kind, 1,
+                                *((value, 0) if kind == 3 else (value,)))
+    return head + data + struct.pack(order + "4H", *[bits] * 4) + struct.pack(
+        order + "H", len(tags)) + rows + bytes(4)
+
+
+def png(pixels, *chunks):
+    """A PNG of uint8 or uint16 (h, w) or (h, w, channels), its metadata before the pixels."""
+    h, w, *c = pixels.shape
+    kind, depth = {(): 0, (2,): 4, (3,): 2, (4,): 6}[tuple(c)], pixels.dtype.itemsize * 8
+    rows = b"".join(b"\0" + row.astype(f">u{depth // 8}").tobytes() for row in pixels)
+    body = [(b"IHDR", struct.pack(">IIBBBBB", w, h, depth, kind, 0, 0, 0)), *chunks,
+            (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in body)
+
+
+def grey_of(path, content):
+    path.write_bytes(content)
+    return read_image(path).astype(int)
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("compression", [1, 8])
+def test_tiffs_whose_0_is_white(tmp_path, order, compression):
+    """Of 16 bits they came out as negatives."""
+    for pixels in (RAMP, RAMP.astype(np.uint16) * 257, RAMP.astype(np.uint16) * 16):
+        for photometric, want in ((0, 255 - RAMP), (1, RAMP)):
+            got = grey_of(tmp_path / "a.tif", tiff(pixels, photometric, order, compression))
+            assert abs(got - want).max() <= 1, (pixels.dtype, photometric)
+
+
+@pytest.mark.parametrize("scale", [257, 16, 1])
+def test_colour_of_16_bits_uses_the_whole_range(tmp_path, scale):
+    """12-bit values (and 8-bit ones) came out black."""
+    deep = RAMP.astype(np.uint16) * scale
+    colour, opaque = np.repeat(deep[..., None], 3, 2), np.full_like(deep[..., None], 65535)
+    for name, content in {
+            "rgb.png": png(colour), "rgba.png": png(np.concatenate([colour, opaque], 2)),
+            "little.tif": tiff(colour, 2, "<"), "big.tif": tiff(colour, 2, ">"),
+            "deflated.tif": tiff(colour, 2, "<", 8), "big-deflated.tif": tiff(colour, 2, ">", 8)
+            }.items():
+        assert abs(grey_of(tmp_path / name, content) - RAMP).max() <= 1, name
+    clear = png(np.concatenate([colour, opaque * (RAMP[..., None] < 128)], 2))
+    got = grey_of(tmp_path / "clear.png", clear)
+    assert not got[RAMP >= 128].any() and got[0, 127] == 255
+
+
+def test_a_depth_that_is_not_known_is_named(tmp_path):
+    (tmp_path / "la.png").write_bytes(png(np.repeat(RAMP.astype(np.uint16)[..., None], 2, 2)))
+    with pytest.raises(UserError, match="la.png.*16 bits a channel") as error:
+        read_image(tmp_path / "la.png")
+    assert "\n" not in str(error.value)
+
+
+def test_broken_metadata_cost_no_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    turned = (b"eXIf", exif.tobytes()[6:])
+    icc = (b"iCCP", b"x\0\0" + zlib.compress(bytes(2 << 20)))
+    broken = {"exif": (b"eXIf", b"garbage" * 9), "icc": icc, "phys": (b"pHYs", b"\0\1"),
+              "gamma": (b"gAMA", b""), "text": (b"zTXt", b"a\0\0garbage"), "time": (b"tIME", b""),
+              "chrm": (b"cHRM", b"\0"), "iccp": (b"iCCP", b""), "srgb": (b"sRGB", b""),
+              "itxt": (b"iTXt", b"a"), "actl": (b"acTL", b"")}
+    for name, chunk in broken.items():
+        assert (grey_of(tmp_path / f"{name}.png", png(RAMP, chunk)) == RAMP).all(), name
+        if name != "exif":
+            got = grey_of(tmp_path / f"{name}.png", png(RAMP, turned, chunk))
+            assert (got == RAMP[:, ::-1]).all(), name
+    wrong_sum = png(RAMP, (b"tEXt", b"a\0b")).replace(b"a\0b", b"a\0c")
+    assert (grey_of(tmp_path / "sum.png", wrong_sum) == RAMP).all()
+    with pytest.raises(UserError):  # but the pixels' own sums count
+        grey_of(tmp_path / "cut.png", png(RAMP, icc)[:-30])
+
+
+def test_a_jpeg_or_webp_with_garbage_exif_is_read(tmp_path):
+    for name in ("a.jpg", "a.webp"):
+        Image.fromarray(RAMP).save(tmp_path / name, exif=b"Exif\0\0garbage garbage" * 3)
+        assert abs(read_image(tmp_path / name).astype(int) - RAMP).max() <= 4, name
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_all_eight_orientations(tmp_path, turn):
+    pixels = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        want = np.array(ImageOps.exif_transpose(image))
+    assert (read_image(tmp_path / "a.png") == want).all()
+
+
+def test_a_dicom_file_gets_the_command_that_converts_it(tmp_path):
+    (tmp_path / "a.dcm").write_bytes(bytes(128) + b"DICM" + bytes(99))
+    with pytest.raises(UserError, match="a.dcm is a DICOM file; convert it.*dcmj2pnm") as error:
+        read_image(tmp_path / "a.dcm")
+    assert "\n" not in str(error.value)
+
+
 def test_jpeg_may_be_decoded_smaller_but_never_too_small(tmp_path):
     pixels = np.tile(np.linspace(0, 255, 1000).astype(np.uint8), (800, 1))
     Image.fromarray(pixels).convert("RGB").save(tmp_path / "a.jpg", quality=95)
@@ -177,7 +291,12 @@ def test_mimic(tmp_path):
     data = open_data(str(tmp_path), "val", 16)
     assert data.layout == "MIMIC-CXR-JPG" and len(data) == 1
     sample = data[0]
-    assert sample["report"] == sample["caption"] == "FINDINGS: Nodule of 2 mm. IMPRESSION: Fine."
+    raw = "FINDINGS: Nodule of 2 mm. IMPRESSION: ___ Fine."
+    assert sample["report"] == sample["caption"] == raw and data.text(0) == (raw, False)
+    clean_folder(str(tmp_path))
+    cleaned = open_data(str(tmp_path), "val", 16)
+    assert cleaned.text(0) == ("FINDINGS: Nodule of 2 mm. IMPRESSION: Fine.", True)
+    assert cleaned.fingerprint() != data.fingerprint()
     assert abs(int(sample["image"][8, 8]) - 80) <= 1
     assert counts(data) == {"images not frontal (AP, PA), skipped": 2}
 
@@ -320,15 +439,58 @@ def test_cleaned_reports_override(tmp_path):
         open_data(str(tmp_path), "train", 16)
 
 
-def test_uncleaned_reports_are_counted(tmp_path):
-    plain(tmp_path, 3)
-    text = (tmp_path / "metadata.csv").read_text().replace(
-        "Nodule of 1 mm", "Dr. ___ was notified of the pneumothorax by telephone")
+HARM = "Dr. ___ was notified of the pneumothorax by telephone"  # its label goes with the sentence
+
+
+def test_cleaning_comes_before_training(tmp_path, capsys):
+    """--clean writes what loading reads; loading itself changes no word, and says so once."""
+    plain(tmp_path, 4)
+    text = (tmp_path / "metadata.csv").read_text()
+    text = text.replace("Nodule of 1 mm", HARM).replace("Nodule of 2", "Unchanged nodule of 2")
     (tmp_path / "metadata.csv").write_text(text)
+    for _ in range(2):
+        data = open_data(str(tmp_path), "train", 16)
+    assert data.text(2) == ("FINDINGS: Unchanged nodule of 2 mm.", False)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "4 of 4 reports" in said
+    assert f"python data.py {tmp_path} --clean" in said
+    clean_folder(str(tmp_path))
+    assert "4 reports, 0 by answers; 1 kept as they were" in capsys.readouterr().out
     data = open_data(str(tmp_path), "train", 16)
-    for i in (0, 1, 2, 1):
-        assert data[i]["index"] == i
-    assert counts(data) == {"reports kept uncleaned": 1}
+    assert [data.text(i) for i in range(4)] == [
+        ("FINDINGS: Nodule of 0 mm.", True), (f"FINDINGS: {HARM}.", True),
+        ("FINDINGS: Nodule of 2 mm.", True), ("FINDINGS: Nodule of 3 mm.", True)]
+    assert capsys.readouterr().err == ""
+    clean_folder(str(tmp_path))  # again: from the reports as found, not from its own file
+    assert "1 kept as they were" in capsys.readouterr().out
+
+
+def test_a_models_answers_are_checked(tmp_path, capsys):
+    plain(tmp_path, 4)
+    answers = [("0.png", "FINDINGS: A nodule."), ("1.png", "FINDINGS: No nodule."),
+               ("2.png", "Findings: nodule\nImpression: nodule"), ("9.png", "x")]
+    (tmp_path / "a.jsonl").write_text(
+        "\n".join(json.dumps({"id": name, "report": text}) for name, text in answers))
+    clean_folder(str(tmp_path), tmp_path / "a.jsonl")
+    said = capsys.readouterr().out
+    assert "4 reports, 3 by answers; 1 kept" in said and "1.png; 1 answers of unknown" in said
+    data = open_data(str(tmp_path), "train", 16)
+    assert [data.text(i)[0] for i in range(4)] == [
+        "FINDINGS: A nodule.", "FINDINGS: Nodule of 1 mm.", "FINDINGS: nodule IMPRESSION: nodule",
+        "FINDINGS: Nodule of 3 mm."]
+
+
+def test_what_needs_no_cleaning_is_not_cleaned(tmp_path, capsys):
+    (tmp_path / "n").mkdir()
+    for source in ("phantom", str(nih(tmp_path / "n"))):
+        assert open_data(source, "train", 16).text(0)[1]
+        with pytest.raises(UserError, match="no written reports"):
+            clean_folder(source)
+    table(tmp_path / "prompts.csv", ("image", "annotated_prompt", "split"),
+          ("a.png", "Unchanged heart.", "test"))
+    save_grey(tmp_path / "a.png")
+    data = open_data(str(tmp_path / "prompts.csv"), "test", 16, "image")
+    assert data.text(0) == ("Unchanged heart.", True) and capsys.readouterr().err == ""
 
 
 def test_phantom():
@@ -428,6 +590,36 @@ def test_broken_tables(tmp_path):
     (tmp_path / "metadata.csv").mkdir()
     with pytest.raises(UserError, match="metadata.csv cannot be read"):
         open_data(str(tmp_path), "train", 16)
+
+
+@pytest.mark.parametrize("name", [
+    "metadata.csv.bak", "metadata.csv~", "._metadata.csv", "metadata.csv.zip", "metadata.csv.gz",
+    "#metadata.csv#", ".metadata.csv.swp", "~$metadata.csv", "metadata.csv.old", "metadata copy.csv"])
+def test_backups_and_archives_beside_a_table_are_not_read(tmp_path, name):
+    """Deleted rows came back from metadata.csv.bak."""
+    root = plain(tmp_path, 4)
+    save_grey(root / "deleted.png")
+    with (gzip.open if name.endswith("gz") else open)(root / name, "wt") as file:
+        file.write("image,report,split\ndeleted.png,FINDINGS: x.,train\n")
+    assert [item.path for item in open_data(str(root), "train", 16).items] == [
+        f"{k}.png" for k in range(4)]
+
+
+@pytest.mark.parametrize("layout, copy", [
+    ("mimic", "mimic-cxr-2.0.0-split.csv.bak"), ("mimic", "._mimic-cxr-2.0.0-metadata.csv"),
+    ("mimic", "mimic-cxr-2.0.0-metadata.csv.zip"), ("nih", "Data_Entry_2017_v2020.csv.bak"),
+    ("nih", "Data_Entry_2017_v2020.csv~"), ("nih", "Data_Entry_2017_v2020 copy.csv"),
+    ("nih", "._Data_Entry_2017_v2020.csv"), ("prompts", "._prompts.csv"),
+    ("prompts", "prompts.csv.zip"), ("prompts", "prompts.csv.bak")])
+def test_what_is_beside_tables_of_other_layouts(tmp_path, layout, copy):
+    if layout == "prompts":
+        save_grey(tmp_path / "a.png")
+        table(tmp_path / "prompts.csv", ("image", "annotated_prompt"), ("a.png", "Prompt."))
+    else:
+        {"mimic": mimic, "nih": nih}[layout](tmp_path)
+    want = {split: data.items for split, data in read_data(str(tmp_path), 16).items()}
+    (tmp_path / copy).write_bytes(b"\x00\x05\x16\x07 not a table")
+    assert {split: data.items for split, data in read_data(str(tmp_path), 16).items()} == want
 
 
 # ---- broken images -----------------------------------------------------------------------------
@@ -629,10 +821,10 @@ def test_what_a_loader_process_raises_is_raised():
 
 
 # ---- the first look ----------------------------------------------------------------------------
-def look(*args):
+def look(*args, env=None):
     program = Path(__file__).parents[1] / "data.py"
     done = subprocess.run([sys.executable, program, *map(str, args)], text=True,
-                          capture_output=True)
+                          capture_output=True, env=env, errors="replace")
     assert "Traceback" not in done.stderr
     return done
 
@@ -647,6 +839,34 @@ def test_first_look(tmp_path):
     assert [p["id"] for p in prompts] == [f"{k}.png" for k in range(6)]
     assert prompts[3]["clean"].endswith("FINDINGS: Nodule of 3 mm.")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "p.jsonl", "sheet.png"]
+
+
+def test_names_that_the_console_cannot_encode(tmp_path):
+    """The traceback came after the work was done."""
+    root = tmp_path / "caf\udce9 \u5fc3"
+    save_grey(root / "a.png")
+    (root / "metadata.csv").write_text("image,report\na.png,FINDINGS: \u5fc3 nodule.\n", "utf-8")
+    for encoding in ("ascii:strict", "utf-8:strict", "latin-1:strict"):
+        done = look(root, "--out", tmp_path / "s.png", "--clean",
+                    env=os.environ | {"PYTHONIOENCODING": encoding})
+        assert done.returncode == 0 and "caf\\udce9" in done.stdout, done.stderr
+    (root / "metadata.csv").unlink()
+    done = look(root, env=os.environ | {"PYTHONIOENCODING": "ascii:strict"})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "udce9" in done.stderr
+
+
+def test_cleaning_as_a_command(tmp_path):
+    root = plain(tmp_path / "d", 3)
+    text = (root / "metadata.csv").read_text().replace("Nodule of 2", "Unchanged nodule of 2")
+    (root / "metadata.csv").write_text(text)
+    done = look(root, "--out", tmp_path / "s.png", "--clean")
+    assert done.returncode == 0 and "3 reports, 0 by answers; 0 kept" in done.stdout
+    assert "0 of them not cleaned" in done.stdout and not done.stderr
+    assert open_data(str(root), "train", 16)[2]["report"] == "FINDINGS: Nodule of 2 mm."
+    for args in (["--answers", "x.jsonl"], ["--clean", "--answers", tmp_path / "gone.jsonl"],
+                 ["--out", tmp_path / "gone/s.png"]):
+        done = look(root, *args)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 def test_first_look_without_images_shows_the_text(tmp_path):
