@@ -610,6 +610,11 @@ def kill_workers():
 
 # You need not read on: the rest makes the synthetic data set, and labels and cleans reports.
 # ---------------------------------------------------------------- phantoms: what can be found
+PHANTOMS = tomllib.loads((ASSETS / "phantoms.toml").read_text("utf-8"))
+CHOICES, ANATOMY, HEART = (PHANTOMS[name] for name in ("choices", "anatomy", "heart"))
+SIDES, GRADES = ("left", "right"), ("mild", "moderate", "severe")
+
+
 class Finding(NamedTuple):
     """One finding; "" stands for not known or not applicable."""
     name: str           # one of CLASSES, or an extra of NIH such as "Emphysema"
@@ -617,6 +622,13 @@ class Finding(NamedTuple):
     severity: str = ""  # "mild", "moderate", "severe"
     place: str = ""     # "upper", "mid", "lower"; "apical", "lateral"
     kind: str = ""      # "nodule", "mass"; the device
+
+    def rank(self):
+        """Its position in CLASSES; behind all of them for what is none of the 14."""
+        return CLASSES.index(self.name) if self.name in CLASSES else len(CLASSES)
+
+
+NIH = {label: Finding(**fields) for label, fields in PHANTOMS["nih"].items()}
 
 
 class Phantom(NamedTuple):
@@ -627,62 +639,17 @@ class Phantom(NamedTuple):
     heart_ratio: float  # width of the heart over the inner width of the chest
 
 
-SIDES, GRADES, ZONES = ("left", "right"), ("mild", "moderate", "severe"), ("upper", "mid", "lower")
-DEVICES = {  # thickness in image widths, and the course if it is on the left
-    "endotracheal tube": (.016, (.02, -.4), (0, -.1), (0, .25)),
-    "central venous catheter": (.012, (.5, -.4), (.36, -.1), (.2, .08), (-.1, .22), (-.12, .5)),
-    "pacemaker": (.012, (.8, .23), (.4, .05), (-.1, .2), (-.14, .6), (.14, .93)),
-    "chest tube": (.020, (1.3, .95), (.85, .74), (.58, .45), (.55, .2))}
-CHOICES = {  # the weight of a finding, and what its fields are chosen from
-    "Enlarged Cardiomediastinum": (1.2, {"place": ("upper",)}),
-    "Cardiomegaly": (1., {"severity": GRADES}),
-    "Lung Opacity": (1.5, {"side": SIDES, "place": ZONES}),
-    "Lung Lesion": (1.1, {"side": SIDES, "place": ZONES, "kind": ("nodule", "mass")}),
-    "Edema": (1.4, {"severity": ("mild", "severe")}),
-    "Consolidation": (1.2, {"side": SIDES, "place": ZONES}),
-    "Atelectasis": (1.2, {"side": SIDES, "place": ("lower",)}),
-    "Pneumothorax": (1.2, {"side": SIDES, "severity": GRADES}),
-    "Pleural Effusion": (1.2, {"side": (*SIDES, "bilateral"), "severity": GRADES}),
-    "Pleural Other": (1.1, {"side": SIDES, "place": ("apical", "lateral")}),
-    "Fracture": (1.1, {"side": SIDES, "place": ZONES}),
-    "Support Devices": (.9, {"side": SIDES, "kind": tuple(DEVICES)})}
-NEEDS = {  # the zones that no other finding of the image may need on the same side
-    "upper": "upper", "mid": "mid", "lower": "lower base", "apical": "upper", "lateral": "mid",
-    "Cardiomegaly": "heart", "severe Cardiomegaly": "base", "Lung Opacity": "haze",
-    "Edema": "mid haze", "Pneumothorax": "upper", "moderate Pneumothorax": "mid base",
-    "severe Pneumothorax": "mid base", "Pleural Effusion": "lower",
-    "severe Pleural Effusion": "mid heart", "pacemaker": "upper", "chest tube": "mid"}
+def phantom(split, index, size):
+    """The Phantom number `index` of "train", "val" or "test", a pure function of its arguments."""
+    scene, findings, report = phantom_scene(split, index)
+    return Phantom(paint(scene, findings, size), findings, report, heart_ratio(scene, findings))
 
 
-def sample_findings(rng):
-    """A tuple: empty for 23% of images, else one to four findings that do not hide each other."""
-    wanted = np.searchsorted((.23, .45, .73, .90), rng.random())
-    waits = rng.exponential(size=len(CHOICES)) / [weight for weight, _ in CHOICES.values()]
-    found, taken = [], set()
-    for _, name in sorted(zip(waits, CHOICES)):
-        if len(found) == wanted:
-            break
-        chosen = zip(CHOICES[name][1].items(), rng.random(3).tolist())
-        f = Finding(name, **{field: of[int(u * len(of))] for (field, of), u in chosen})
-        keys = f.name, f"{f.severity} {f.name}", f.place, f.kind
-        zones = {(side, zone) for side in ((f.side,) if f.side in SIDES else SIDES)
-                 for zone in " ".join(NEEDS.get(key, "") for key in keys).split()}
-        if not taken & zones:
-            found.append(f._replace(side="") if f.kind == "endotracheal tube" else f)
-            taken |= zones
-    return tuple(found)
-
-
-# ---------------------------------------------------------------- phantoms: painting
-ANATOMY = {  # a person and an exposure, as uniform ranges; lengths in image widths
-    "width": (.325, .395), "height": (.50, .58), "top": (.10, .155), "middle": (.475, .525),
-    "tilt": (-.07, .07), "turn": (-.06, .06), "ratio": (.42, .48), "left_dome": (.02, .06),
-    "knob": (.05, .12), "stalk": (.16, .20), "rib_gap": (.125, .15), "rib_phase": (0, 1),
-    "ribs": (.05, .10), "breasts": (0, .08), "bubble": (-.09, 0), "vessels": (.14, .22),
-    "tree": (0, 6), "blur": (.008, .014), "gain": (.95, 1.1), "offset": (-.04, .04),
-    "gamma": (-.15, .15), "grain": (.002, .010), "roll_x": (0, 1), "roll_y": (0, 1)}
-HEART = {"mild": .54, "moderate": .60, "severe": .68}
-PLACES = {"upper": (.45, .26), "mid": (.53, .50), "lower": (.63, .74)}  # middles of lung zones
+def phantom_scene(split, index):
+    """-> scene, findings, report of an image, without painting it."""
+    rng = np.random.default_rng((("train", "val", "test").index(split), index))
+    scene, findings = sample_scene(rng), sample_findings(rng)
+    return scene, findings, write_report(findings, rng)
 
 
 def sample_scene(rng):
@@ -692,10 +659,44 @@ def sample_scene(rng):
     return {**scene, "jitter": rng.random((len(CLASSES), 4)).tolist()}
 
 
+def sample_findings(rng):
+    """A tuple: empty for 23% of images, else one to four findings that do not hide each other."""
+    wanted = np.searchsorted((.23, .45, .73, .90), rng.random())
+    waits = rng.exponential(size=len(CHOICES)) / [of["weight"] for of in CHOICES.values()]
+    found, taken = [], set()
+    for _, name in sorted(zip(waits, CHOICES)):
+        if len(found) == wanted:
+            break
+        fields = [(field, of) for field, of in CHOICES[name].items() if field != "weight"]
+        chosen = zip(fields, rng.random(3).tolist())
+        f = Finding(name, **{field: of[int(u * len(of))] for (field, of), u in chosen})
+        keys = f.name, f"{f.severity} {f.name}", f.place, f.kind
+        zones = {(side, zone) for side in ((f.side,) if f.side in SIDES else SIDES)
+                 for zone in " ".join(PHANTOMS["needs"].get(key, "") for key in keys).split()}
+        if not taken & zones:
+            found.append(f._replace(side="") if f.kind == "endotracheal tube" else f)
+            taken |= zones
+    return tuple(found)
+
+
 def heart_ratio(scene, findings):
     """The cardiothoracic ratio that paint() gives to a scene with these findings."""
     grade = {f.name: f.severity for f in findings}.get("Cardiomegaly")
     return HEART[grade] + .35 * (scene["ratio"] - .45) if grade else scene["ratio"]
+
+
+# ---------------------------------------------------------------- phantoms: painting
+def paint(scene, findings, size):
+    """The image, uint8 (size, size), of a scene with findings; alike at every size from 64 px."""
+    chest = Chest(scene, size)
+    chest.thorax(findings)
+    for f in sorted(findings, key=Finding.rank):
+        chest.finding(f)
+    image = chest.image + (chest.vessels + .012 * chest.fine) * chest.lung
+    image += scene["grain"] * chest.grain + scene["offset"]
+    image = (image * (1.15 * scene["gain"])).clip(0, 1)
+    image += scene["gamma"] * image * (1 - image)
+    return (image * 255).astype(np.uint8)
 
 
 @lru_cache(8)
@@ -841,11 +842,11 @@ class Chest:
         disc = np.abs(y * 7 - np.floor(y * 7) - .5)
         self.image += ramp((.13 - ax) * self.wide, soft) * (.01 + .09 * disc)
 
-    def paint(self, f):
+    def finding(self, f):
         """Paint a finding; those of the heart and the mediastinum are in heart()."""
         s, x, y, soft, wide, high = self.s, self.x, self.y, self.soft, self.wide, self.high
         j, sign = s["jitter"][CLASSES.index(f.name)], 1 if f.side == "left" else -1
-        half, (out, down) = x * sign > 0, PLACES.get(f.place, (0, 0))
+        half, (out, down) = x * sign > 0, PHANTOMS["zones"].get(f.place, (0, 0))
         spot = sign * (out + .1 * j[0]), down + .08 * j[1]
         match f.name:
             case "Lung Opacity":
@@ -899,42 +900,11 @@ class Chest:
                     self.stroke(rib_end, .026, .66)
                 self.image += .2 * self.blob(sign * .74, rib + .064 + step / 2, .07, .06, 1.5)
             case "Support Devices":
-                thick, *course = DEVICES[f.kind]
-                course = [(sign * at if at > .15 else at, row) for at, row in course]
-                self.stroke(course, thick, 1.05)
+                device = PHANTOMS["devices"][f.kind]
+                course = [(sign * at if at > .15 else at, row) for at, row in device["course"]]
+                self.stroke(course, device["thick"], 1.05)
                 if f.kind == "pacemaker":
                     self.stroke([(sign * .74, .22), (sign * .86, .24)], .062, 1.05)
-
-
-def paint(scene, findings, size):
-    """The image, uint8 (size, size), of a scene with findings; alike at every size from 64 px."""
-    chest = Chest(scene, size)
-    chest.thorax(findings)
-    for f in sorted(findings, key=rank):
-        chest.paint(f)
-    image = chest.image + (chest.vessels + .012 * chest.fine) * chest.lung
-    image += scene["grain"] * chest.grain + scene["offset"]
-    image = (image * (1.15 * scene["gain"])).clip(0, 1)
-    image += scene["gamma"] * image * (1 - image)
-    return (image * 255).astype(np.uint8)
-
-
-def rank(finding):
-    """Its place in CLASSES; behind all of them for what is none of the 14."""
-    return CLASSES.index(finding.name) if finding.name in CLASSES else len(CLASSES)
-
-
-def phantom_scene(split, index):
-    """-> scene, findings, report of an image, without painting it."""
-    rng = np.random.default_rng((("train", "val", "test").index(split), index))
-    scene, findings = sample_scene(rng), sample_findings(rng)
-    return scene, findings, write_report(findings, rng)
-
-
-def phantom(split, index, size):
-    """The Phantom number `index` of "train", "val" or "test", a pure function of its arguments."""
-    scene, findings, report = phantom_scene(split, index)
-    return Phantom(paint(scene, findings, size), findings, report, heart_ratio(scene, findings))
 
 
 def heart_width(image):
@@ -958,44 +928,7 @@ def heart_width(image):
     return float(heart / chest)
 
 
-# ---------------------------------------------------------------- reports of phantoms
-NIH = {name: Finding(name) for name in (
-    "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pneumonia", "Pneumothorax",
-    "Emphysema", "Fibrosis", "Hernia")} | {
-    "Effusion": Finding("Pleural Effusion"), "Infiltration": Finding("Lung Opacity"),
-    "Mass": Finding("Lung Lesion", kind="mass"), "Nodule": Finding("Lung Lesion", kind="nodule"),
-    "Pleural_Thickening": Finding("Pleural Other")}
-SAY = {  # phrases and sentences; the first is for the IMPRESSION and for findings without details
-    "Enlarged Cardiomediastinum": ("a widened mediastinum", "widening of the upper mediastinum"),
-    "Cardiomegaly": ("{severity} cardiomegaly", "The heart is {ly} enlarged."),
-    "Lung Opacity": ("a opacity {where}", "a faint patchy opacity {where}"),
-    "Lung Lesion": ("a {kind} {where}", "a round {kind} {where}"),
-    "Edema": ("{severity} pulmonary edema", "{severity} pulmonary edema with vascular engorgement"),
-    "Consolidation": ("consolidation {where}", "dense airspace consolidation {where}"),
-    "Atelectasis": ("atelectasis {base}", "band-like atelectasis {base}"),
-    "Pneumothorax": ("a {size} {side} pneumothorax", "a {size} pneumothorax {on}"),
-    "Pleural Effusion": ("a {size} {side} pleural effusion", "a {size} {side} effusion"),
-    "Pleural Other": ("{place} pleural thickening {on}", "smooth {place} pleural thickening {on}"),
-    "Fracture": ("a displaced {side} rib fracture", "a displaced fracture of a {side} {place} rib"),
-    "Support Devices": ("a {kind} {on}",), "Pneumonia": ("pneumonia",),
-    "Emphysema": ("emphysema",), "Fibrosis": ("fibrotic changes",), "Hernia": ("a hiatal hernia",)}
-FRAMES = ("There {is} {it}.", "{it}.")
-ABSENT = {  # a sentence and the findings that it denies
-    "The lungs are clear.": "Lung Opacity, Lung Lesion, Edema, Consolidation, Pneumonia, "
-                            "Atelectasis, Emphysema, Fibrosis",
-    "There is no pleural effusion or pneumothorax.": "Pleural Effusion, Pneumothorax",
-    "No pleural effusion.": "Pleural Effusion", "No pneumothorax.": "Pneumothorax",
-    "The cardiomediastinal silhouette is unremarkable.": "Cardiomegaly, Enlarged Cardiomediastinum",
-    "Heart size is normal.": "Cardiomegaly", "The heart is normal in size.": "Cardiomegaly",
-    "The mediastinum is not widened.": "Enlarged Cardiomediastinum",
-    "No focal consolidation.": "Consolidation", "No pulmonary edema.": "Edema",
-    "No pulmonary nodule or mass.": "Lung Lesion", "No rib fracture is seen.": "Fracture",
-    "No acute osseous abnormality.": "Fracture", "No pleural thickening.": "Pleural Other",
-    "No focal atelectasis.": "Atelectasis"}
-NORMAL = ("No acute cardiopulmonary process.", "No acute cardiopulmonary abnormality.",
-          "Normal chest radiograph.")
-
-
+# ---------------------------------------------------------------- phantoms: reports
 def sentence(f, phrase, frame):
     """A finding in words; the slots of what is not known vanish."""
     slots = f._asdict() | {
@@ -1024,16 +957,17 @@ def write_report(findings, rng):
     def pick(options):
         return options[rng.integers(len(options))]
 
-    lines, summary, known = [], [], {f.name for f in findings}
-    for f in sorted(findings, key=rank):
+    lines, summary, known, frames = [], [], {f.name for f in findings}, PHANTOMS["frames"]
+    for f in sorted(findings, key=Finding.rank):
+        short, *_ = said = PHANTOMS["say"][f.name]
         plain = len(findings) > 2 or not (f.side or f.severity or f.place)
-        lines.append(sentence(f, SAY[f.name][0] if plain else pick(SAY[f.name]), pick(FRAMES)))
-        summary.append(sentence(f, SAY[f.name][0], "{it}."))
-    summary = " ".join(summary) or pick(NORMAL)
-    for text, denied in ABSENT.items():
-        if known.isdisjoint(denied.split(", ")) and rng.random() < .2 or not lines:
+        lines.append(sentence(f, short if plain else pick(said), pick(frames["present"])))
+        summary.append(sentence(f, short, "{it}."))
+    summary = " ".join(summary) or pick(frames["normal"])
+    for text, denied in PHANTOMS["deny"].items():
+        if known.isdisjoint(denied) and rng.random() < .2 or not lines:
             lines.append(text)
-            known.update(denied.split(", "))
+            known.update(denied)
     return f"FINDINGS: {' '.join(lines)} IMPRESSION: {summary}"
 
 
