@@ -979,83 +979,59 @@ def impression(caption):
     return sections[-1] if sections else caption
 
 
-# ---------------------------------------------------------------- labels and cleaning: phrases
+# ---------------------------------------------------------------- reports: the file of phrases
 PHRASES = ASSETS / "phrases.toml"
-SECTIONS = ("FINDINGS", "IMPRESSION", "BODY", "SKIP")
 WORDS = r"(?<!\w)(?:{})(?!\w)"
+TABLES = {  # of PHRASES: how its phrases are compiled, and its keys
+    "mentions": (WORDS, CLASSES[1:]), "sides": (WORDS, SIDES), "severity": (WORDS, GRADES),
+    "cues": (WORDS, ("negation", "uncertainty", "no_cue", "report")), "normals": (WORDS, ()),
+    "behind": ("{REACH}" + WORDS, ("negation", "uncertainty")), "rules": ("(?i:{})", ()),
+    "patterns": ("{}", ("new_clause", "joint", "removed", "title")),
+    "headers": ("(?i:{})$", ("FINDINGS", "IMPRESSION", "BODY", "SKIP")),
+    "other_headers": (WORDS, ("earlier", "organs")), "prompts": (None, ("clean", "judge")),
+    "spelling": (None, ("FINDINGS", "IMPRESSION", "SKIP"))}
+# A header that [headers] knows, or any other words before a colon, at the start of a sentence.
+WORD = "[A-Za-z](?:[a-z]{1,19}|[A-Z]{1,2})"
+HEADER = (r"(?:^[ *#]*|(?<=[.!?:])\s|(?P<inline> )) ?(?P<name>NAMES) ?(?::|$)"
+          r"|(?:^[ *#]*|(?<=[.!?])\s) ?(?=(?P<other>(?-i:[A-Z][A-Z0-9_ ,/&()-]{1,99}"
+          rf"|{WORD}(?: {WORD}){{0,3}})) ?(?P<colon>[:;]| [-–] |$))")
 
 
-def read_toml(path):
-    """TOML file -> dict. UserError if it cannot be read."""
+def read_phrases(path):
+    """-> {table: {key: regex of its phrases}} of a TOML file; of a rule {key: (regex, replacement
+    or None)}. UserError with file and key where the file is broken."""
+    parts, key = {}, "as a whole"
+
+    def pattern(phrases):
+        joined = phrases if isinstance(phrases, str) else "|".join(phrases)
+        joined = re.sub(r"\s*\n\s*", "", joined)
+        return re.sub(r"\{([A-Z]+)\}", lambda part: parts[part[1]], joined)
+
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); correct it") from None
-
-
-class Phrases:
-    """The phrases of a TOML file, compiled. UserError with file and key where it is broken."""
-
-    def __init__(self, path):
-        self.path, self.parts, self.tables = path, {}, read_toml(path)
-        for name in self.value("parts"):
-            self.parts[name] = self.text("parts", name)
-        self.mentions, self.normals, self.sides, self.severity = (
-            {key: self.regex(WORDS, name, key) for key in self.value(name)}
-            for name in ("mentions", "normals", "sides", "severity"))
-        for name, known in (("mentions", CLASSES[1:]), ("sides", SIDES), ("severity", GRADES)):
-            if set(self.tables[name]) != set(known):
-                raise UserError(f"{path}, {name}: its keys must be {', '.join(known)}")
-        self.no_cue, self.report = (self.regex(WORDS, "cues", k) for k in ("no_cue", "report"))
-        self.clause, self.joint = (self.regex("{}", "cues", k) for k in ("new_clause", "joint"))
-        reach = self.text("cues", "reach_behind")
-        self.cues = [(self.regex(WORDS, "cues", f"{cue}_before"),
-                      self.regex(reach + WORDS, "cues", f"{cue}_behind"))
-                     for cue in ("negation", "uncertainty")]
-        self.headers = {key: self.regex("(?i:{})$", "headers", key) for key in SECTIONS}
-        self.earlier, self.organs = (self.regex(WORDS, "other_headers", k)
-                                     for k in ("earlier", "organs"))
-        self.spelling = {word: key for key in self.value("spelling")
-                         for word in self.value("spelling", key)}
-        self.removed, self.title = (self.regex("{}", "marks", k) for k in ("removed", "title"))
-        self.rules = {}
-        for name in self.value("rules"):
-            new = self.tables["rules"][name].get("replace")
-            self.rules[name] = self.regex("(?i:{})", "rules", name, "find", new=new), new
-        names = "|".join(self.text("headers", key) for key in SECTIONS)
-        self.header = re.compile(HEADER.replace("NAMES", names), re.I | re.M)
-
-    def value(self, *keys):
-        value = self.tables
-        for key in keys:
-            value = value.get(key) if isinstance(value, dict) else None
-        if value is None or keys[-1] != "find" and len(keys) == 1 and not isinstance(value, dict):
-            raise UserError(f"{self.path} has no {'.'.join(keys)}")
-        return value
-
-    def text(self, *keys):
-        """A phrase, or a list of which one may stand there, with its {NAMES} put in."""
-        phrases = self.value(*keys)
-        phrases = phrases if isinstance(phrases, list) else [phrases]
-        try:
-            joined = re.sub(r"\s*\n\s*", "", "|".join(phrases))
-            return re.sub(r"\{([A-Z]+)\}", lambda part: self.parts[part[1]], joined)
-        except (TypeError, KeyError) as error:
-            raise UserError(f"{self.path}, {'.'.join(keys)}: a phrase is a text, and {{NAME}} one "
-                            f"of [parts] above it ({error})") from None
-
-    def regex(self, frame, *keys, new=None):
-        try:
-            regex = re.compile(frame.replace("{}", self.text(*keys)))
-            regex.sub(new or "", "")
-            return regex
-        except (re.error, TypeError) as error:
-            raise UserError(f"{self.path}, {'.'.join(keys)}: {error}") from None
+        tables = tomllib.loads(path.read_text("utf-8"))
+        for key, phrases in tables["parts"].items():
+            parts[key] = pattern(phrases)
+        names = pattern([*itertools.chain(*tables["headers"].values())])
+        for table, (frame, keys) in TABLES.items():
+            key = table
+            rows = tables[table]
+            if keys and set(rows) != set(keys):
+                raise ValueError(f"its keys must be {', '.join(keys)}")
+            for name, row in rows.items() if frame else ():
+                key, new = f"{table}.{name}", row.get("replace") if table == "rules" else None
+                row = row["find"] if table == "rules" else row
+                regex = re.compile(pattern(frame).replace("{}", pattern(row)))
+                regex.sub(new or "", "")  # is the replacement one?
+                rows[name] = (regex, new) if table == "rules" else regex
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
+        lacks = "not there: " if isinstance(error, KeyError) else ""
+        raise UserError(f"{path}, {key}: {lacks}{error}; correct it") from None
+    return tables | {"header": re.compile(HEADER.replace("NAMES", names), re.I | re.M)}
 
 
 @lru_cache(1)
 def phrases():
-    return Phrases(PHRASES)
+    return read_phrases(PHRASES)
 
 
 # ---------------------------------------------------------------- labels: reading a report
@@ -1083,28 +1059,28 @@ def read_sentence(sentence):
     """One lower-case sentence -> tuple of (class, 1 | 0 | -1, sides, severity), one a mention. Side
     and severity stand between the joints (comma, and, or, with) next to the mention; one that
     names no side takes the sides of its sentence."""
-    known = phrases()
+    known, kinds = phrases(), ("negation", "uncertainty")
 
     def sides(phrase):
-        return frozenset(side for side, pattern in known.sides.items() if pattern.search(phrase))
+        return frozenset(side for side, pattern in known["sides"].items() if pattern.search(phrase))
 
-    sentence, found = known.no_cue.sub(" ", sentence), []
-    cuts = [0, *(m.start() for m in known.clause.finditer(sentence)), len(sentence)]
+    sentence, found = known["cues"]["no_cue"].sub(" ", sentence), []
+    cuts = [0, *(m.start() for m in known["patterns"]["new_clause"].finditer(sentence)), len(sentence)]
     for clause in (sentence[a:b] for a, b in zip(cuts, cuts[1:])):
-        found += [(c, 0, frozenset(), "") for c, p in known.normals.items() if p.search(clause)]
-        mentions = [(c, m) for c, p in known.mentions.items() for m in p.finditer(clause)]
-        first = [before.search(clause) if mentions else None for before, _ in known.cues]
+        found += [(c, 0, frozenset(), "") for c, p in known["normals"].items() if p.search(clause)]
+        mentions = [(c, m) for c, p in known["mentions"].items() for m in p.finditer(clause)]
+        first = {cue: known["cues"][cue].search(clause) if mentions else None for cue in kinds}
         starts = sorted({m.start() for _, m in mentions})
-        joints = [(known.joint.search(clause, a, b), b) for a, b in zip(starts, starts[1:])]
+        joints = [(known["patterns"]["joint"].search(clause, a, b), b) for a, b in zip(starts, starts[1:])]
         edges = [0, *(joint.start() if joint else b for joint, b in joints), len(clause)]
         for c, m in mentions:
-            negated, unsure = (cue and cue.start() < m.start() or behind.match(clause, m.end())
-                               for cue, (_, behind) in zip(first, known.cues))
+            negated, unsure = (first[cue] and first[cue].start() < m.start()
+                               or known["behind"][cue].match(clause, m.end()) for cue in kinds)
             value = 0 if negated or " not " in m[0] else -1 if unsure else 1
             i = starts.index(m.start())
             phrase = clause[edges[i]:edges[i + 1]]
             midline = c in ("Cardiomegaly", "Enlarged Cardiomediastinum")
-            grade = ["", *(k for k, p in known.severity.items() if p.search(phrase))][-1]
+            grade = ["", *(k for k, p in known["severity"].items() if p.search(phrase))][-1]
             found.append((c, value, sides(phrase) or sides("" if midline else sentence), grade))
     return tuple(found)
 
@@ -1129,7 +1105,7 @@ def label_report(text):
         labels[c] = max(labels.get(c, 0), value, key=(0, -1, 1).index)
     found = any(v for c, v in labels.items() if c != "Support Devices")
     words = " ".join(split_sections(text).values()).lower()
-    if not found and (labels or phrases().report.search(words)):
+    if not found and (labels or phrases()["cues"]["report"].search(words)):
         labels["No Finding"] = 1
     return labels
 
@@ -1147,33 +1123,27 @@ def locate(text):
 
 
 # ---------------------------------------------------------------- cleaning
-# A header that [headers] knows, or any other words before a colon, at the start of a sentence.
-WORD = "[A-Za-z](?:[a-z]{1,19}|[A-Z]{1,2})"
-HEADER = (r"(?:^[ *#]*|(?<=[.!?:])\s|(?P<inline> )) ?(?P<name>NAMES) ?(?::|$)"
-          r"|(?:^[ *#]*|(?<=[.!?])\s) ?(?=(?P<other>(?-i:[A-Z][A-Z0-9_ ,/&()-]{1,99}"
-          rf"|{WORD}(?: {WORD}){{0,3}})) ?(?P<colon>[:;]| [-–] |$))")
-
-
 def section_of(header, section):
     """The section that a match of HEADER begins after `section`; None: it is no header."""
     known = phrases()
     if header["inline"] and not (header["name"].isupper() and header[0].endswith(":")):
         return None  # "the following findings:" in a sentence
     if header["name"]:
-        return next(key for key, names in known.headers.items() if names.match(header["name"]))
+        return next(key for key, names in known["headers"].items() if names.match(header["name"]))
     name = header["other"].lower()
-    if near := difflib.get_close_matches(name, known.spelling, 1, .8):
-        return known.spelling[near[0]]
+    for section_name, words in known["spelling"].items():
+        if difflib.get_close_matches(name, words, 1, .8):
+            return section_name
     if header["colon"] != ":":
         return None
-    finding = any(mention.search(name) for mention in known.mentions.values())
-    if known.earlier.search(name) and not finding:
+    finding = any(mention.search(name) for mention in known["mentions"].values())
+    if known["other_headers"]["earlier"].search(name) and not finding:
         return "SKIP"
     if not header["other"].isupper():
         return None
     if re.search(r"\b(?:chest|radiographs?|views?)\b", name):
         return "BODY"
-    known_part = finding or known.organs.search(name) or section in ("FINDINGS", "IMPRESSION")
+    known_part = finding or known["other_headers"]["organs"].search(name) or section in ("FINDINGS", "IMPRESSION")
     return None if known_part else "SKIP"
 
 
@@ -1185,7 +1155,7 @@ def split_sections(text):
     text = re.sub(r"[^\S\n]+", " ", text)
     sections = {"FINDINGS": "", "IMPRESSION": "", "BODY": ""}
     section, start = "BODY", 0
-    for m in [*phrases().header.finditer(text), None]:
+    for m in [*phrases()["header"].finditer(text), None]:
         following = section_of(m, section) if m else "BODY"
         if not following:
             continue
@@ -1206,7 +1176,7 @@ def join_sections(sections):
 @lru_cache(1 << 16)
 def clean_sentence(sentence):
     """One sentence without what its image cannot show; "" where nothing is left."""
-    for pattern, new in phrases().rules.values():
+    for pattern, new in phrases()["rules"].values():
         if new is not None:
             sentence = pattern.sub(new, sentence)
         elif pattern.search(sentence):
@@ -1219,10 +1189,10 @@ def clean_report(text):
     """Report -> "FINDINGS: ... IMPRESSION: ..." as the paper trains on, "" where nothing is left.
     The rules of PHRASES stand for the paper's language model, whose prompts are unpublished (ours).
     They name what goes; change becomes present state ("increased effusion" -> "effusion")."""
-    known, cleaned = phrases(), {}
+    known, cleaned = phrases()["patterns"], {}
     for name, section in split_sections(text).items():
-        section = known.removed.sub(" ___ ", section)
-        section = known.title.sub(lambda m: m[1].replace(".", ""), section)
+        section = known["removed"].sub(" ___ ", section)
+        section = known["title"].sub(lambda m: m[1].replace(".", ""), section)
         cleaned[name] = " ".join(filter(None, map(clean_sentence, split_sentences(section))))
     return join_sections(cleaned)
 
@@ -1326,7 +1296,7 @@ def clean_folder(source, answers=None):
 
 def export_prompts(source, path):
     """Write a line {"id", "clean", "judge"} a report: prompts for a language model that cleans."""
-    clean, judge = (phrases().value("prompts", key) for key in ("clean", "judge"))
+    clean, judge = (phrases()["prompts"][key] for key in ("clean", "judge"))
     write_jsonl(path, ({
         "id": name, "clean": clean.replace("{report}", raw),
         "judge": judge.replace("{cleaned}", clean_checked(raw)[0]).replace("{report}", raw)}
