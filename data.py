@@ -184,15 +184,6 @@ def square(image, size):
     return padded
 
 
-def vit_pixels(images):
-    """uint8 (b, h, w) -> float (b, 3, h, w), as the ViT wants it (released code)."""
-    return ((images.float() / 255 - .555895) / .336385)[:, None].expand(-1, 3, -1, -1)
-
-
-def vae_pixels(images):
-    """uint8 (b, h, w) -> float (b, 3, h, w) in [-1, 1], as the VAE wants it (released code)."""
-    return (images.float() / 127.5 - 1)[:, None].expand(-1, 3, -1, -1)
-
 # ---------------------------------------------------------------- data folders
 class Dropped(dict):
     """Reason -> [count, first example]: nothing is left out without a word."""
@@ -844,10 +835,14 @@ class Chest:
 
     def finding(self, f):
         """Paint a finding; those of the heart and the mediastinum are in heart()."""
-        s, x, y, soft, wide, high = self.s, self.x, self.y, self.soft, self.wide, self.high
-        j, sign = s["jitter"][CLASSES.index(f.name)], 1 if f.side == "left" else -1
-        half, (out, down) = x * sign > 0, PHANTOMS["zones"].get(f.place, (0, 0))
+        j, sign = self.s["jitter"][CLASSES.index(f.name)], 1 if f.side == "left" else -1
+        out, down = PHANTOMS["zones"].get(f.place, (0, 0))
         spot = sign * (out + .1 * j[0]), down + .08 * j[1]
+        self.in_the_lung(f, j, sign, spot)
+        self.around_the_lung(f, j, sign, spot)
+
+    def in_the_lung(self, f, j, sign, spot):
+        x, y, soft, wide, high = self.x, self.y, self.soft, self.wide, self.high
         match f.name:
             case "Lung Opacity":
                 mask = self.blob(*spot, .42 + .1 * j[2], .20 + .05 * j[3], 1.5) * self.lung
@@ -875,6 +870,11 @@ class Chest:
                     row = self.dome[sign] - .08 - .04 * j[0] - .09 * k
                     ends = (sign * (.38 + .1 * j[2]), row), (sign * .9, row + .05 - .03 * k)
                     self.stroke(ends, .018, .56)
+
+    def around_the_lung(self, f, j, sign, spot):
+        s, x, y, soft, wide, high = self.s, self.x, self.y, self.soft, self.wide, self.high
+        half = x * sign > 0
+        match f.name:
             case "Pneumothorax":
                 gap = {"mild": .15, "moderate": .25, "severe": .38}[f.severity] * (.95 + .1 * j[0])
                 edge = arch(x, y, 1 - gap, .55 * gap) * (.5 * wide)
@@ -1060,18 +1060,19 @@ def read_sentence(sentence):
     and severity stand between the joints (comma, and, or, with) next to the mention; one that
     names no side takes the sides of its sentence."""
     known, kinds = phrases(), ("negation", "uncertainty")
+    new_clause, joint = known["patterns"]["new_clause"], known["patterns"]["joint"]
 
     def sides(phrase):
         return frozenset(side for side, pattern in known["sides"].items() if pattern.search(phrase))
 
     sentence, found = known["cues"]["no_cue"].sub(" ", sentence), []
-    cuts = [0, *(m.start() for m in known["patterns"]["new_clause"].finditer(sentence)), len(sentence)]
+    cuts = [0, *(m.start() for m in new_clause.finditer(sentence)), len(sentence)]
     for clause in (sentence[a:b] for a, b in zip(cuts, cuts[1:])):
         found += [(c, 0, frozenset(), "") for c, p in known["normals"].items() if p.search(clause)]
         mentions = [(c, m) for c, p in known["mentions"].items() for m in p.finditer(clause)]
         first = {cue: known["cues"][cue].search(clause) if mentions else None for cue in kinds}
         starts = sorted({m.start() for _, m in mentions})
-        joints = [(known["patterns"]["joint"].search(clause, a, b), b) for a, b in zip(starts, starts[1:])]
+        joints = [(joint.search(clause, a, b), b) for a, b in zip(starts, starts[1:])]
         edges = [0, *(joint.start() if joint else b for joint, b in joints), len(clause)]
         for c, m in mentions:
             negated, unsure = (first[cue] and first[cue].start() < m.start()
@@ -1143,8 +1144,9 @@ def section_of(header, section):
         return None
     if re.search(r"\b(?:chest|radiographs?|views?)\b", name):
         return "BODY"
-    known_part = finding or known["other_headers"]["organs"].search(name) or section in ("FINDINGS", "IMPRESSION")
-    return None if known_part else "SKIP"
+    if finding or section not in ("BODY", "SKIP"):
+        return None
+    return None if known["other_headers"]["organs"].search(name) else "SKIP"
 
 
 def split_sections(text):

@@ -16,8 +16,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from ar import vit_pixels
 from data import (UserError, batches, clean_folder, label_report, open_data, phantom, phantom_scene,
-                  read_data, read_image, sheet, square, vae_pixels, vit_pixels)
+                  read_data, read_image, sheet, square)
+from diffusion import vae_pixels
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -594,7 +596,8 @@ def test_broken_tables(tmp_path):
 
 @pytest.mark.parametrize("name", [
     "metadata.csv.bak", "metadata.csv~", "._metadata.csv", "metadata.csv.zip", "metadata.csv.gz",
-    "#metadata.csv#", ".metadata.csv.swp", "~$metadata.csv", "metadata.csv.old", "metadata copy.csv"])
+    "#metadata.csv#", ".metadata.csv.swp", "~$metadata.csv", "metadata.csv.old",
+    "metadata copy.csv"])
 def test_backups_and_archives_beside_a_table_are_not_read(tmp_path, name):
     """Deleted rows came back from metadata.csv.bak."""
     root = plain(tmp_path, 4)
