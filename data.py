@@ -95,9 +95,9 @@ def read_image(path, at_least=0):
             try:
                 return decode(file, at_least)
             except Exception:  # PIL raises a dozen kinds for broken files
-                if not head.startswith(PNG):
+                if not head.startswith((PNG, b"\xff\xd8")):
                     raise
-                return decode(png_pixels(file), at_least)
+                return decode(without_metadata(file), at_least)
     except Exception as error:
         if head[128:] == b"DICM":
             raise UserError(f"{path} is a DICOM file; convert it to PNG first, for example with "
@@ -108,17 +108,24 @@ def read_image(path, at_least=0):
                         f"of at most {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
 
 
-def png_pixels(file):
-    """A PNG without all that is not pixels: broken metadata must not cost an image."""
+def without_metadata(file):
+    """A PNG or JPEG without all that is not pixels: broken metadata must not cost an image."""
     file.seek(0)
-    content, at, kept = file.read(), len(PNG), [PNG]
-    while at < len(content):
+    content = file.read()
+    png, at = content.startswith(PNG), len(PNG) if content.startswith(PNG) else 2
+    kept = [content[:at]]
+    while png and at < len(content):
         name, end = content[at + 4:at + 8], at + 12 + int.from_bytes(content[at:at + 4], "big")
         whole = zlib.crc32(content[at + 4:end - 4]).to_bytes(4, "big") == content[end - 4:end]
         if name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or name == b"eXIf" and whole:
             kept.append(content[at:end])
         at = end
-    return io.BytesIO(b"".join(kept))
+    while content[at:at + 1] == b"\xff" and content[at + 1] != 0xDA:  # DA: the pixels
+        kind, end = content[at + 1], at + 2 + int.from_bytes(content[at + 2:at + 4], "big")
+        if not 0xE0 <= kind <= 0xEF and kind != 0xFE or kind in (0xE1, 0xEE) and end > at + 15:
+            kept.append(content[at:end])  # E1: EXIF, EE: how colours are meant
+        at = end
+    return io.BytesIO(b"".join([*kept, content[at:]]))
 
 
 def decode(file, at_least):
@@ -131,7 +138,7 @@ def decode(file, at_least):
             image.draft("L", (at_least, at_least))
         tags = dict(image.tag_v2) if image.format == "TIFF" else {}
         raw = image.tile[0].args if image.tile else ""  # how the bytes lie, in PIL's words
-        raw = raw if isinstance(raw, str) else raw[0]
+        raw = raw if isinstance(raw, str) else str(raw[0])
         image.load()
         try:
             turn = image.getexif().get(ORIENTATION, 1)
