@@ -2,8 +2,8 @@
 
 An image is grey, uint8 (h, w). A report is `FINDINGS: ... IMPRESSION: ...`, or one of both. Sides
 are the patient's: the patient's left is on the viewer's right. In this order: images, data folders,
-batches, a first look at a folder (`python data.py DIR`); then the synthetic data set, and how
-reports are labelled and cleaned.
+batches; then the synthetic data set, labels of reports, cleaning of reports, and a first look at a
+folder (`python data.py DIR`).
 """
 
 import argparse
@@ -606,7 +606,9 @@ def kill_workers():
         process.kill()
 
 
-# You need not read on: the rest makes the synthetic data set, and labels and cleans reports.
+# ---------------------------------------------------------------- you need not read on
+# The rest makes the synthetic data set, and labels and cleans reports.
+#
 # ---------------------------------------------------------------- phantoms: what can be found
 PHANTOMS = tomllib.loads((ASSETS / "phantoms.toml").read_text("utf-8"))
 CHOICES, ANATOMY, HEART = (PHANTOMS[name] for name in ("choices", "anatomy", "heart"))
@@ -614,7 +616,7 @@ SIDES, GRADES = ("left", "right"), ("mild", "moderate", "severe")
 
 
 class Finding(NamedTuple):
-    """One finding; "" stands for not known or not applicable."""
+    """One finding; "": not known or not applicable."""
     name: str           # one of CLASSES, or an extra of NIH such as "Emphysema"
     side: str = ""      # the patient's "left", "right" or "bilateral"
     severity: str = ""  # "mild", "moderate", "severe"
@@ -1022,14 +1024,15 @@ def read_phrases(path):
         for table, (frame, keys) in TABLES.items():
             key = table
             rows = tables[table]
-            if keys and set(rows) != set(keys):
-                raise ValueError(f"its keys must be {', '.join(keys)}")
-            for name, row in rows.items() if frame else ():
+            if set(rows) != set(keys or rows) or table == "normals" and set(rows) - set(CLASSES):
+                raise ValueError(f"its keys must be {', '.join(keys or CLASSES)}")
+            for name, row in rows.items():
                 key, new = f"{table}.{name}", row.get("replace") if table == "rules" else None
-                row = row["find"] if table == "rules" else row
-                regex = re.compile(pattern(frame).replace("{}", pattern(row)))
-                regex.sub(new or "", "")  # is the replacement one?
-                rows[name] = (regex, new) if table == "rules" else regex
+                regex = pattern(row["find"] if table == "rules" else row)
+                if frame:
+                    regex = re.compile(pattern(frame).replace("{}", regex))
+                    regex.sub(new or "", "")  # is the replacement one?
+                    rows[name] = (regex, new) if table == "rules" else regex
     except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         lacks = "not there: " if isinstance(error, KeyError) else ""
         raise UserError(f"{path}, {key}: {lacks}{error}; correct it") from None
@@ -1043,7 +1046,7 @@ def phrases():
 
 # ---------------------------------------------------------------- labels: reading a report
 # A sentence ends before white space, and between two words or before a number without it; a list
-# item begins at the start of a line, or inside one where its mark cannot be taken for a word.
+# item begins at the start of a line, or inside one where its label cannot be taken for a word.
 SENTENCE_END = re.compile(
     r"(?:(?<=[.!?…。])|(?<=[.!?…]['\")\]]))\s+|(?<=[^\W\d_]{2}[.!?…。])(?=['\"(\[]?\w)"
     r"|(?<=\d[.!?])(?=[^\W\d_]{2})")
@@ -1064,7 +1067,7 @@ def split_sentences(text):
 @lru_cache(1 << 16)
 def read_sentence(sentence):
     """One lower-case sentence -> tuple of (class, 1 | 0 | -1, sides, severity), one a mention. Side
-    and severity stand between the joints (comma, and, or, with) next to the mention; one that
+    and severity are between the joints (comma, and, or, with) next to the mention; one that
     names no side takes the sides of its sentence."""
     known, kinds = phrases(), ("negation", "uncertainty")
     new_clause, joint = known["patterns"]["new_clause"], known["patterns"]["joint"]
@@ -1159,7 +1162,7 @@ def section_of(header, section):
 def split_sections(text):
     """Report -> {"FINDINGS": ..., "IMPRESSION": ...}, only those that it has. Headers come in any
     order and case, with a colon or alone on a line. Without a FINDINGS header the findings are what
-    stands under none: before the first, after "FINAL REPORT" or "CHEST, PA AND LATERAL:", or after
+    is under none: before the first, after "FINAL REPORT" or "CHEST, PA AND LATERAL:", or after
     a blank line. What an unknown header announces before the findings is left out."""
     text = re.sub(r"[^\S\n]+", " ", text)
     sections = {"FINDINGS": "", "IMPRESSION": "", "BODY": ""}

@@ -162,7 +162,10 @@ def test_headings_of_findings_are_kept(text):
     ("replace = ' '", "replace = 5", "rules.earlier study: "),
     ("find = '^(?:{VIEWS})+$|", "fnd = '^(?:{VIEWS})+$|", "rules.view: .*find"),
     ('[rules."view"]', '[rules."view"]\nx = 1\n[rules."y"]', "rules.view: .*find"),
-    ("[spelling]", "[s]", "toml, spelling: ")])
+    ("[spelling]", "[s]", "toml, spelling: "),
+    ("FINDINGS = ['findings']", "FINDINGS = 5", "spelling.F"),
+    ("clean = '''", "clean = 5\nx = '''", "toml, prompts: its keys must be clean, judge"),
+    ("\n[normals]", "\n[normals]\nGout = 'gout'", "normals: its keys must be")])
 def test_a_broken_phrase_file_is_one_line_with_file_and_key(tmp_path, old, new, said):
     text = data.PHRASES.read_text(encoding="utf-8")
     assert text.count(old) >= 1
