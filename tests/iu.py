@@ -26,10 +26,16 @@ MESH = {    # class -> the experts' terms that mean it
     "Pneumonia": {"pneumonia"}}
 
 
+def f1(hit: int, missed: int, extra: int) -> float:
+    return 2 * hit / max(1, 2 * hit + missed + extra)
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("csv", help="indiana_reports.csv")
-    parser.add_argument("--examples", type=int, default=0, help="print reports before and after cleaning")
+    parser.add_argument("--examples", type=int, default=0,
+                        help="print reports before and after cleaning")
     args = parser.parse_args()
     hits, wrong, normals, kept, total, shown = Counter(), Counter(), Counter(), 0, 0, 0
     for row in csv.DictReader(open(args.csv, encoding="utf-8-sig")):
@@ -54,15 +60,17 @@ def main():
             if kind:
                 hits[c, kind] += 1
                 wrong[c, kind] += kind != "hit"
-    f1 = lambda h, m, e: 2 * h / max(1, 2 * h + m + e)                      # noqa: E731
     print(f"{'held-out half':20}{'F1':>6}{'hit':>6}{'missed':>8}{'extra':>7}")
     for c in MESH:
         h, m, e = (hits[c, k] for k in ("hit", "missed", "extra"))
         print(f"{c:20}{f1(h, m, e):6.3f}{h:6}{m:8}{e:7}")
     micro = f1(*(sum(hits[c, k] for c in MESH) for k in ("hit", "missed", "extra")))
-    print(f"micro-F1 {micro:.3f}; normal images without a finding {normals[True]} of {normals.total()}")
-    print("commonest disagreements: " + ", ".join(f"{c} {kind} {n}" for (c, kind), n in wrong.most_common(10)))
-    print(f"cleaning: labels agree before and after on {kept} of {total} reports ({kept / total:.1%})")
+    print(f"micro-F1 {micro:.3f}; "
+          f"normal images without a finding {normals[True]} of {normals.total()}")
+    print("commonest disagreements: "
+          + ", ".join(f"{c} {kind} {n}" for (c, kind), n in wrong.most_common(10)))
+    print(f"cleaning: labels agree before and after on {kept} of {total} reports "
+          f"({kept / total:.1%})")
 
 
 if __name__ == "__main__":
