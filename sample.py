@@ -1,10 +1,12 @@
-"""Uses a trained UniX: reads images, draws images, and scores both (the paper's two tables).
+"""Uses a trained UniX: reads X-rays, generates them, shows its attention, scores itself.
 
     python sample.py report chest.png [more.png ...]
     python sample.py generate "Large right pleural effusion." --out effusion.png
-    python sample.py evaluate
+    python sample.py look "Large right pleural effusion."     which word steered which part
+    python sample.py look chest.png                           where it looked for which word
+    python sample.py evaluate                                 the paper's two tables
 
-Mistakes are one line on stderr and exit code 2; Ctrl-C is exit code 130.
+A mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 """
 
 import argparse
@@ -16,77 +18,104 @@ import re
 import sys
 import warnings
 from collections import Counter
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny"   # weights of the repository
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str):
-        self.exit(2, f"sample.py: {message}; see --help\n")
+        self.exit(2, f"sample.py: {' '.join(message.split())}; see --help\n")
 
 
-def number(kind: type, least: float, most: float = 2**31):
+def number(kind: type, least: float, most: float):
     """For argparse: reads an int or a float from least to most."""
     def read(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not least <= value <= most:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text} is not {what} from {least} to {most}")
+            raise argparse.ArgumentTypeError(f"{value} is not from {least:,} to {most:,}")
         return value
+    read.__name__ = kind.__name__       # for argparse's answer to a ValueError
     return read
 
 
 def parse(argv=None) -> argparse.Namespace:
-    """The command line; argparse prints help and mistakes (exit code 2)."""
+    """The command line. argparse prints help and mistakes (exit code 2)."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
 
-    def command(name: str, text: str, draws=True):
+    def command(name: str, text: str):
         add = commands.add_parser(name, help=text, description=text).add_argument
-        add("--weights", help="weights folder (default: the newest under runs/)")
+        add("--weights", help="weights folder (default: the newest under runs/, else assets/tiny)")
         add("--device", help="cpu, cuda or mps (default: the best found)")
-        add("--seed", type=number(int, 0), default=0, help="of noise and sampling (%(default)s)")
-        if draws:
-            add("--points", type=number(int, 2), default=50, help="times on the path (%(default)s)")
-            add("--guidance", type=number(float, 0), help="guidance scale (default: as trained)")
-            add("--eta", type=number(float, 0, 1), help="noise drawn anew in each step, 0 to 1 "
-                "(default: as trained)")
-            add("--shift", type=number(float, 0.001), default=3.0, help="time shift (%(default)s)")
-            add("--size", type=number(int, 1), help="pixels a side (default: as trained)")
+        add("--seed", type=number(int, 0, 2**31), help="of noise and sampling (default: 0)")
+        add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
+            help="auto: bf16 for large models where it is fast")
+        if name != "report":
+            add("--points", type=number(int, 2, 10_000), help="times on the path (default: 50)")
+            add("--guidance", type=number(float, 1, 100), help="1: none (default: as trained)")
+            add("--eta", type=number(float, 0, 1), help="fresh noise, 0 to 1 (default: as trained)")
+            add("--shift", type=number(float, 0.001, 1000), help="time shift (default: 3)")
+            add("--size", type=number(int, 1, 2**15), help="pixels a side (default: as trained)")
+        if name in ("generate", "evaluate"):
+            add("--best-of", type=number(int, 1, 1000), metavar="N", help="generate N images of "
+                "each text; keep the one from which the model's own reader reads most of it back")
         return add
 
-    add = command("report", "write the report of each image", draws=False)
+    add = command("report", "write the report of each image")
     add("images", nargs="+", help="image files")
     add("--prompt", help="instruction (default: the one used in training)")
-    add("--max-tokens", type=number(int, 1), default=500, help="longest report (%(default)s)")
-    add("--temperature", type=number(float, 0), default=0.0, help="0 (default): the likeliest word")
-    add("--top-p", type=number(float, 0.001, 1), default=1.0, help="nucleus kept (%(default)s)")
-    add = command("generate", "draw the image of each text")
+    add("--max-tokens", type=number(int, 1, 100_000), default=500, help="longest report (500)")
+    add("--temperature", type=number(float, 0, 100), default=0.0, help="0: the likeliest word (0)")
+    add("--top-p", type=number(float, 0.001, 1), help="nucleus to sample from (default: 1, all)")
+    add = command("generate", "generate the image of each text")
     add("texts", nargs="+", help="what the image shows")
-    add("--out", default="image.png", help="PNG to write, a sheet of several images (%(default)s)")
-    add("--count", type=number(int, 1), default=1, help="images of each text (%(default)s)")
+    add("--out", default="image.png", help="PNG, a sheet if there are several; or a folder")
+    add("--count", type=number(int, 1, 10_000), default=1, help="images of each text (1)")
+    add = command("look", "show what the image of a text, or the report of an image, attends to")
+    add("what", help="a text, or an image file")
+    add("--layer", type=number(int, 1, 1000), help="1 is the first (default: the mean of all)")
+    add("--out", default="look.png", help="PNG to write (%(default)s)")
     add = command("evaluate", "score reports and images on held-out data: the paper's two tables")
     add("--data", default="phantom", help="phantom (default) or a data folder")
     add("--split", default="val", choices=("val", "test"), help="which images (%(default)s)")
-    add("--samples", type=number(int, 1), default=500, help="images and captions (%(default)s)")
+    add("--samples", type=number(int, 1, 2**31), default=500, help="images and captions (500)")
     add("--out", help="folder for the results (default: WEIGHTS/evaluation)")
     add("--features", help="RAD-DINO folder (default: our image encoder)")
-    return parser.parse_args(argv)
+    add("--judge", metavar="WEIGHTS", help="a second reader of the generated images")
+    return check(parser, parser.parse_args(argv))
+
+
+def check(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
+    """Refuses flags that could change nothing. args.reads: an image is read, not generated."""
+    args.reads = args.command == "report" or args.command == "look" and bool(re.search(
+        r"\.(png|jpe?g|tiff?|bmp|gif|webp|dcm)$", args.what, re.I) or os.path.isfile(args.what))
+    paths = ("points", "guidance", "eta", "shift", "size")
+    useless = {
+        "at temperature 0": args.reads and not vars(args).get("temperature") and ("seed", "top_p"),
+        "where an image is read": args.reads and paths,
+        "in a single step": vars(args).get("points") == 2 and ("eta", "shift")}
+    for where, names in useless.items():
+        for name in names or ():
+            if vars(args).get(name) is not None:
+                parser.error(f"--{name.replace('_', '-')} changes nothing {where}; leave it out")
+    return args
 
 
 ARGS = parse() if __name__ == "__main__" else None        # --help answers before torch is imported
 
 import torch                                              # noqa: E402
+from PIL import Image, ImageFilter                        # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
-from data import (CLASSES, UserError, atomic, heart_width, label_report, locate,  # noqa: E402
-                  open_data, read_image, save_image, sheet, square)
-from ar import vit_pixels                                 # noqa: E402
-from diffusion import to_uint8, vae_pixels                            # noqa: E402
+import joint_attn                                         # noqa: E402
+from data import (CLASSES, UserError, atomic, impression, label_report, locate,  # noqa: E402
+                  open_data, plain_streams, read_image, save_image, sheet, square)
+from diffusion import shift_time, to_uint8, vae_pixels    # noqa: E402
 from unix import INSTRUCTIONS, UniX, load_rad_dino        # noqa: E402
 
 
@@ -107,24 +136,21 @@ def frechet_distance(real, fake):
     if min(len(real), len(fake)) <= real.shape[1]:
         warnings.warn("Frechet distance is biased upwards with no more samples than dimensions; "
                       "compare only runs with equal numbers of samples", stacklevel=2)
-    factors = [np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r") for x in (real, fake)]
-    cross = np.linalg.svd(factors[0] @ factors[1].T, compute_uv=False).sum()
-    traces = sum((r * r).sum() for r in factors)
-    return float(((real.mean(0) - fake.mean(0)) ** 2).sum() + traces - 2 * cross)
+    a, b = (np.linalg.qr((x - x.mean(0)) / np.sqrt(len(x) - 1), mode="r") for x in (real, fake))
+    cross = np.linalg.svd(a @ b.T, compute_uv=False).sum()
+    between = ((real.mean(0) - fake.mean(0)) ** 2).sum()
+    return float(between + (a * a).sum() + (b * b).sum() - 2 * cross)
 
 
 def kernel_distance(real, fake):
     """Kernel distance -> float: unbiased squared MMD with the kernel (x.y / d + 1)^3 of Binkowski
     et al. 2018, over all samples (no random subsets, so it is deterministic)."""
     real, fake = as_features(real, fake, least=2)
-
-    def kernel(a, b):
-        return (a @ b.T / a.shape[1] + 1) ** 3
-
-    def within(a):                              # the mean over pairs of two different samples
-        pairs = kernel(a, a)
-        return (pairs.sum() - np.trace(pairs)) / (len(a) * (len(a) - 1))
-    return float(within(real) + within(fake) - 2 * kernel(real, fake).mean())
+    within, across = [], ((real @ fake.T / real.shape[1] + 1) ** 3).mean()
+    for x in (real, fake):                      # the mean over pairs of two different samples
+        pairs = (x @ x.T / x.shape[1] + 1) ** 3
+        within.append((pairs.sum() - np.trace(pairs)) / (len(x) * (len(x) - 1)))
+    return float(sum(within) - 2 * across)
 
 
 def distances(a, b):
@@ -153,56 +179,66 @@ def psnr(a, b, peak=1.0):
     return float(10 * np.log10(peak ** 2 / error)) if error else math.inf
 
 
+def heart_width(image):
+    """Measure the cardiothoracic ratio of a frontal image, uint8 (size, size), at 256 px. Outwards
+    from the midline, the first dark pixel of a row is the border of the heart; it counts where it
+    stands upright just above the diaphragm. Unseen, it is taken to be a normal heart's."""
+    x = Image.fromarray(image).resize((256, 256), Image.BICUBIC).filter(ImageFilter.BoxBlur(3))
+    x, heart, chest = np.asarray(x, np.float32), 0, 0
+    middle = np.median(x[110:192, 118:138])
+    for half, normal, most in ((x[:, 127::-1], .28, .55), (x[:, 128:], .62, .93)):
+        wall = 61 + np.diff(half[70:150, 60:120].mean(0)).argmax()  # the steepest rise
+        rows, air = half[110:192], np.percentile(half[60:192, 12:wall], 10)
+        level = (np.median(rows[:, :10], 1) + rows[:, 12:wall].min(1)) / 2
+        dark = rows < np.minimum(level, (air + middle) / 2 + 6)[:, None]
+        dark[:, wall - 4:] = True
+        border = dark.argmax(1)
+        upright = np.abs(border[8:] - border[:-8]) < 5
+        seen = border[4:-4][upright & (border[4:-4] < most * wall) & (border[30] < wall - 4)]
+        heart += np.median(seen[-6:]) if len(seen) else normal * wall
+        chest += wall
+    return float(heart / chest)
+
+
 # ---- reports -------------------------------------------------------------------------------------
 def check_lengths(a, b):
     if len(a) != len(b) or not len(a):
         raise ValueError(f"needs two lists of one length, at least 1; got {len(a)} and {len(b)}")
 
 
-def ngram_counts(refs, hyps):
-    """Counts of each pair of texts (n, 10): n-grams in both (1 to 4), in hyp; words of ref, hyp."""
+@lru_cache(1 << 16)
+def ngram_counts(ref: str, hyp: str) -> list[int]:
+    """10 counts: n-grams of 1 to 4 words in both texts, those in hyp; words of ref, of hyp."""
+    ref, hyp = (text.lower().split() for text in (ref, hyp))
+    in_ref, in_hyp = ([Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, 5)]
+                      for words in (ref, hyp))
+    total = [max(1, b.total()) for b in in_hyp]         # as NLTK, for hypotheses below n words
+    return [*((a & b).total() for a, b in zip(in_ref, in_hyp)), *total, len(ref), len(hyp)]
+
+
+def bleu(refs, hyps):
+    """Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002) of lower-case words -> list of 4 floats."""
     check_lengths(refs, hyps)
-    rows = []
-    for texts in zip(refs, hyps):
-        ref, hyp = (text.lower().split() for text in texts)
-        in_ref, in_hyp = ([Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, 5)]
-                          for words in (ref, hyp))
-        matched = [(a & b).total() for a, b in zip(in_ref, in_hyp)]
-        total = [max(1, b.total()) for b in in_hyp]     # as NLTK, for hypotheses below n words
-        rows.append([*matched, *total, len(ref), len(hyp)])
-    return np.array(rows)
-
-
-def bleu_of(counts):
-    """Rows of ngram_counts -> BLEU-1 to BLEU-4 of the corpus, a list of 4 floats."""
-    matched, total, (ref_words, hyp_words) = np.split(counts.sum(0), (4, 8))
+    counts = np.sum([*map(ngram_counts, refs, hyps)], axis=0)
+    matched, total, (ref_words, hyp_words) = np.split(counts, (4, 8))
     with np.errstate(divide="ignore"):                  # none matched: log 0, a score of 0
         log_precision = np.cumsum(np.log(matched / total)) / np.arange(1, 5)
     return np.exp(log_precision + min(0.0, 1 - ref_words / max(1, hyp_words))).tolist()
 
 
-def bleu(refs, hyps):
-    """Corpus BLEU-1 to BLEU-4 (Papineni et al. 2002) of lower-case words -> list of 4 floats."""
-    return bleu_of(ngram_counts(refs, hyps))
-
-
 def rouge_l(refs, hyps):
     """Mean ROUGE-L F1 (Lin 2004) -> float; words are lower-case runs of a-z and 0-9, no stemming.
-    The longest common subsequence by one integer as a row of bits (Hyyro 2004): bit j is 0 where
-    the length grows at reference word j."""
+    """
     check_lengths(refs, hyps)
     scores = []
-    for ref, hyp in zip(refs, hyps):
-        ref, hyp = (re.findall(r"[a-z0-9]+", text.lower()) for text in (ref, hyp))
-        places = Counter()                              # word -> bits of its places in ref
-        for j, word in enumerate(ref):
-            places[word] += 1 << j
-        row = full = (1 << len(ref)) - 1
-        for word in hyp:
-            match = row & places[word]
-            row = ((row + match) | (row - match)) & full
-        common = len(ref) - row.bit_count()
-        scores.append(2 * common / (len(ref) + len(hyp)) if common else 0.0)
+    for texts in zip(refs, hyps):
+        ref, hyp = (re.findall(r"[a-z0-9]+", text.lower()) for text in texts)
+        row = [0] * (len(hyp) + 1)      # row[j]: longest common subsequence with hyp's first j
+        for word in ref:
+            above, row = row, [0]
+            for j, other in enumerate(hyp):
+                row.append(above[j] + 1 if word == other else max(row[j], above[j + 1]))
+        scores.append(2 * row[-1] / max(1, len(ref) + len(hyp)))
     return float(np.mean(scores))
 
 
@@ -218,133 +254,241 @@ def f1_scores(truth, predicted):
             "macro": float(per_class.mean()), "per_class": per_class}
 
 
-def bootstrap(score, n, rounds=1000, seed=0, middle=None):
-    """95% interval (low, high) of score(indices) -> float or list over resamples of n samples.
-    `middle` moves the median there, for figures that repeated samples bias."""
-    draw = np.random.default_rng(seed)
-    values = np.array([score(draw.integers(n, size=n)) for _ in range(rounds)])
-    if middle is not None:
-        values = values + middle - np.median(values, axis=0)
-    return tuple(np.percentile(values, (2.5, 97.5), axis=0))
-
-
-def with_intervals(figures, n, rounds=200, move=False):
+def with_intervals(figures, n, rounds=200, centred=False):
     """{name: [value, low, high]} of figures(indices) -> {name: float}: the values of all n samples
-    and their bootstrap intervals, with `move` those around the values."""
-    whole = figures(np.arange(n))
-    middle = list(whole.values()) if move else None
-    ends = bootstrap(lambda i: list(figures(i).values()), n, rounds, middle=middle)
-    return {k: [float(x) for x in row] for k, *row in zip(whole, whole.values(), *ends)}
+    and their 95% bootstrap intervals. `centred` moves the median of the resamples to the value, for
+    figures that repeated samples bias."""
+    rng, whole = np.random.default_rng(0), figures(np.arange(n))
+    values = [[*figures(rng.integers(n, size=n)).values()] for _ in range(rounds)]
+    low, middle, high = np.percentile(values, (2.5, 50, 97.5), axis=0)
+    move = np.array([*whole.values()]) - middle if centred else 0
+    rows = zip(whole.values(), low + move, high + move)
+    return {name: [float(x) for x in row] for name, row in zip(whole, rows)}
 
 
-# ---- reading and drawing -------------------------------------------------------------------------
-def chunks(rows, size):
+
+# ---- the model that was asked for ----------------------------------------------------------------
+def note(text: str):
+    print(f"sample.py: {text}", file=sys.stderr)
+
+
+def chunks(rows, size: int):
     return (rows[i:i + size] for i in range(0, len(rows), size))
 
 
-def load(args) -> UniX:
+def open_model(args) -> UniX:
     """The model asked for; args.weights becomes its folder. Raises UserError."""
     if args.weights is None:
         runs = sorted(Path("runs").glob("*/model.safetensors"), key=lambda p: p.stat().st_mtime)
-        if not runs:
+        args.weights = runs[-1].parent if runs else SHIPPED
+        if not runs and not SHIPPED.exists():
             raise UserError("no weights under runs/; run train.py --stage 1 or give --weights")
-        args.weights = runs[-1].parent
+        note(f"weights {args.weights} ({'the newest run' if runs else 'of the repository'})")
     device = args.device or ("cuda" if torch.cuda.is_available() else
                              "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):      # torch's answer to a device that is not there
         raise UserError(f"--device {device} is not to be had here; try cpu") from None
-    return UniX.load(args.weights, device)
+    model, kind = UniX.load(args.weights, device), device.split(":")[0]
+    if args.reads and getattr(model.config, "taught_on", "") == "phantom":
+        note("these weights know phantoms alone: what they write of a real X-ray means nothing")
+    fast = kind == "cuda" or kind == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if args.precision == "bf16" or args.precision == "auto" and fast and model.config.width >= 512:
+        cast, fp32 = torch.autocast(kind, torch.bfloat16), torch.autocast(kind, enabled=False)
+        model.report, model.generate = cast(model.report), cast(model.generate)
+        if model.vae is not None:
+            model.vae.decode = fp32(model.vae.decode)
+    return model
 
 
+def settings(args, model: UniX) -> dict:
+    """How images are sampled: as asked, else as trained. Raises UserError if they cannot be."""
+    config, size = model.config, args.size or model.config.resolution
+    model.latent_rows(size)
+    if not model.llm2vae.weight.any():          # zero until stage 2
+        raise UserError(f"{args.weights} cannot generate yet; run train.py --stage 2, or give "
+                        "--weights that can")
+    if config.no_context and args.guidance is not None:
+        raise UserError("--guidance changes nothing: these weights ignore text; leave it out")
+    how = {"points": args.points or 50, "scale": args.guidance or config.guidance, "shift":
+           args.shift or 3.0, "eta": config.eta if args.eta is None else args.eta}
+    args.used = f"weights {args.weights}, {size} px, guidance {how['scale']:g}, " \
+        f"{how['points']} points, shift {how['shift']:g}, eta {how['eta']:g}"
+    return how
+
+
+def read(model: UniX, images: np.ndarray, *how) -> list[str]:
+    """Reports of uint8 images (n, h, w). `how`: prompt, longest, temperature, top_p, seed."""
+    how, written = how or (INSTRUCTIONS[0], min(200, model.config.max_tokens)), []
+    for some in chunks(images, 32):
+        pixels = model.vit.prepare(torch.from_numpy(some).to(model.device))
+        written += model.report(pixels, *how)
+    return written
+
+
+def best_of(count: int, asked: list[str], written: list[str]) -> np.ndarray:
+    """Indices of the best of every `count` images, the first of equals: its report agrees most with
+    its text, by F1 of findings, sides and severities (dual self-reward, arXiv 2506.07963)."""
+    a, b = label_table(asked) == 1, label_table(written) == 1
+    score = 2 * (a & b).sum(1) / np.maximum(1, a.sum(1) + b.sum(1))
+    for kind in ("sides", "severity"):
+        known, _, right = agree(asked, written, kind, CLASSES).T
+        score = score + np.where(known, right / np.maximum(1, known), 1)
+    return score.reshape(-1, count).argmax(1) + np.arange(0, len(score), count)
+
+
+# ---- commands ------------------------------------------------------------------------------------
 def report(args):
     """Prints the report of each image."""
-    model = load(args)
+    model = open_model(args)
     images = [square(read_image(p), model.config.vit_image) for p in args.images]
-    prompt = INSTRUCTIONS[0] if args.prompt is None else args.prompt
+    how = (INSTRUCTIONS[0] if args.prompt is None else args.prompt, args.max_tokens,
+           args.temperature, args.top_p or 1.0, args.seed or 0)
     for paths, some in zip(chunks(args.images, 8), chunks(images, 8)):
-        pixels = vit_pixels(torch.from_numpy(np.stack(some)).to(model.device))
-        written = model.report(pixels, prompt, args.max_tokens, args.temperature, args.top_p,
-                               args.seed)
-        for path, text in zip(paths, written):
+        for path, text in zip(paths, read(model, np.stack(some), *how)):
             print(f"{path}: {text}" if len(images) > 1 else text)
 
 
 def generate(args):
-    """Writes the image of each text; a sheet when there are several."""
-    out = Path(args.out)
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
+    """Writes the image of each text: one PNG, a sheet, or files in a folder."""
+    out, count = Path(args.out), args.best_of or 1
+    folder = out.is_dir() or args.out.endswith("/")
+    if folder:
+        out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out if folder else out.parent, os.W_OK):
         raise UserError(f"--out {out} cannot be written; name a file in a folder that is there")
-    model = load(args)
-    images, texts = [], [t for t in args.texts for _ in range(args.count)]
-    for some in tqdm([*chunks(texts, 8)], desc="drawing", disable=len(texts) <= 8):
-        seeds = range(args.seed + len(images), args.seed + len(images) + len(some))
-        drawn = model.generate(some, args.size, seeds, points=args.points, scale=args.guidance,
-                               shift=args.shift, eta=args.eta)
-        images.extend(drawn[:, 0].cpu().numpy())
-    if len(images) == 1:
+    model = open_model(args)
+    how, images = settings(args, model), []
+    texts = [text for text in args.texts for _ in range(args.count * count)]
+    seeds = [(args.seed or 0) + n for n in range(len(texts))]
+    for n in tqdm(range(0, len(texts), 8), desc="images", disable=len(texts) <= 8):
+        made = model.generate(texts[n:n + 8], args.size, seeds[n:n + 8], **how)
+        images += [*made[:, 0].cpu().numpy()]
+    if count > 1:
+        best = best_of(count, texts, read(model, np.stack(images)))
+        images, texts, seeds = ([rows[i] for i in best] for rows in (images, texts, seeds))
+        args.used += f", best of {count}"
+    if folder:
+        for image, text, seed in zip(images, texts, seeds):
+            name = "-".join(re.findall("[a-z0-9]+", text.lower()))[:60] or "image"
+            save_image(image, out / f"{name}-seed{seed}.png")
+    elif len(images) == 1:
         save_image(images[0], out)
     else:
         sheet(images, texts, min(len(images), max(args.count, 4)), out)
-    print(f"wrote {out}")
+    print(f"wrote {out}: {args.used}, seed {', '.join(map(str, seeds))}")
+
+
+def look(args):
+    """Writes maps of the attention (Eq. 5) over the image, a row of one scale for each word."""
+    model = open_model(args)
+    if (args.layer or 1) > (depth := len(model.lm.tower.layers)):
+        raise UserError(f"--layer {args.layer}: these weights have {depth} layers")
+    layers = slice(args.layer - 1, args.layer) if args.layer else slice(None)
+    if args.reads:
+        image = square(read_image(args.what), model.config.vit_image)
+        ids, maps = report_maps(model, image, layers)
+        cells, captions, times = [overlay(image, maps[0, ..., 0] * 0)], [args.what], [""]
+        print(model.tokenizer.decode(ids))
+    else:
+        how, ids = settings(args, model), model.ids(args.what)
+        latents, maps = caption_maps(model, ids, args.size, args.seed or 0, layers, **how)
+        steps = sorted({round(s) for s in np.linspace(0, len(latents) - 1, 8)})
+        path, maps = shift_time(torch.linspace(1, 0, how["points"]), how["shift"]), maps[steps]
+        with torch.no_grad():
+            cells = [*to_uint8(model.vae.decode(latents[steps]))[:, 0].cpu().numpy()]
+        captions, image = [f"image at t = {path[s + 1]:.2f}" for s in steps], cells[-1]
+        times = [f" at t = {path[s]:.2f}" for s in steps]
+        print(f"{args.used}, seed {args.seed or 0}")
+    for word, at in words(model.tokenizer, ids):
+        heat = maps[..., at].mean(-1)
+        cells += [overlay(image, one / heat.max()) for one in heat]
+        captions += [f"{word}{when}\nred: {heat.max():.1%}" for when in times]
+    sheet(cells, captions, 6 if args.reads else len(times), Path(args.out))
+    print(f"wrote {args.out}")
+
+
+# ---- attention weights, which the fused attention never holds ------------------------------------
+ALSO = {"heart", "enlarged", "mediastinum", "widened", "pleural", "thickening", "rib", "upper",
+        "mid", "lower", "apical", "lateral", "base", "clear", "normal"}     # that `look` shows
+
+
+def attention(q, k, mask=None, causal=False):
+    """softmax(q k^T / sqrt(d)) of Eq. 5, arguments as in `attend` -> (b, h, l, m)."""
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / math.sqrt(q.shape[-1])
+    mask = torch.ones_like(scores, dtype=torch.bool).tril() if causal else mask
+    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+
+
+@contextmanager
+def recorded():
+    """Yields a list. Until the end of the block, each attention of the towers adds its weights
+    (l, m): the first sample's, the mean over heads. The model still uses the fused attention."""
+    fused, weights = joint_attn.attend, []
+
+    def attend(q, k, v, mask=None, causal=False):
+        weights.append(attention(q, k, mask, causal)[0].mean(0))
+        return fused(q, k, v, mask, causal)
+    joint_attn.attend = attend
+    try:
+        yield weights
+    finally:
+        joint_attn.attend = fused
+
+
+def words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
+    """The words of a text that name a finding, a side, a grade or a place, in their order, each
+    with the positions of its tokens. All words if none does."""
+    ends, every = [len(tokenizer.decode(ids[:n])) for n in range(len(ids) + 1)], []
+    for m in re.finditer(r"[^\W_][\w-]*", tokenizer.decode(ids)):
+        at = [i for i in range(len(ids)) if ends[i] < m.end() and ends[i + 1] > m.start()]
+        every.append((m[0].lower(), at))
+    return [(word, at) for word, at in every if word in ALSO
+            or label_report(word).keys() - {"No Finding"}
+            or locate(f"{word} effusion") != locate("effusion")] or every
+
+
+@torch.no_grad()
+def caption_maps(model: UniX, ids: list[int], size, seed: int, layers=slice(None), **how):
+    """Generates an image of a text -> the latents after each step (s, c, h, w), and how much each
+    latent token attends to each token of the text in each step (s, rows, columns, l)."""
+    side, latents, maps = model.latent_rows(size), [], []
+    with recorded() as weights:
+        for x in model.sample_latents([ids], side, side, [seed], **how):
+            step = torch.stack(weights[-len(model.lm.tower.layers):])[layers].mean(0)
+            maps.append(step[2:, 1:1 + len(ids)])           # rows: no markers; columns: no BOS
+            latents.append(x)
+            weights.clear()
+    return torch.cat(latents), torch.stack(maps).unflatten(1, model.grid(side, side)).cpu()
+
+
+@torch.no_grad()
+def report_maps(model: UniX, image: np.ndarray, layers=slice(None)):
+    """Writes the report of a uint8 image -> its token ids, and how much each of them attends to
+    each patch (1, rows, columns, l)."""
+    ids = model.ids(*read(model, image[None]))
+    start = [*model.wrap(model.ids(INSTRUCTIONS[0])), model.config.bos]
+    block = model.embed_image(model.vit.prepare(torch.from_numpy(image[None]).to(model.device)))
+    with recorded() as weights:
+        model.lm.read_text(*model.pad([start + ids]), block)
+    weights = torch.stack(weights[::2])[layers].mean(0)     # [1::2]: the image block once more
+    patches = weights[block.shape[1] + len(start):, 1:block.shape[1] - 1].T.cpu()
+    return ids, patches.unflatten(0, (model.vit.image // model.vit.patch, -1))[None]
+
+
+def overlay(image: np.ndarray, heat) -> np.ndarray:
+    """A map (rows, columns) of values from 0 to 1 in red over a uint8 image -> (h, w, 3)."""
+    heat = Image.fromarray(np.float32(heat)).resize(image.shape[::-1], Image.Resampling.BILINEAR)
+    heat = np.asarray(heat)[..., None] * 0.7
+    return (image[..., None] * (1 - heat) + heat * (255, 40, 0)).astype(np.uint8)
 
 
 # ---- evaluation: the paper's two tables ----------------------------------------------------------
 FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
 SIDED = ("Pleural Effusion", "Pneumothorax", "Lung Opacity")
-HEARTS = ("Heart size is normal.", "The heart is mildly enlarged.",
-          "The heart is severely enlarged.")
-
-
-class Results:
-    """The folder of an evaluation: what is there is kept, unless weights or settings differ."""
-
-    def __init__(self, args, model: UniX, data):
-        self.model, self.size = model, args.size
-        self.how = {"points": args.points, "scale": args.guidance, "shift": args.shift,
-                    "eta": args.eta}
-        self.out = Path(args.out or Path(args.weights) / "evaluation")
-        self.images = self.out / "images"
-        about, model_file = self.out / "origin.json", Path(args.weights).resolve() / "config.json"
-        origin = json.dumps([str(model_file), model_file.stat().st_mtime, data.fingerprint(),
-                             args.size, args.seed, self.how])
-        self.images.mkdir(parents=True, exist_ok=True)
-        if not about.exists() or about.read_text() != origin:
-            for old in [*self.images.glob("*.png"), *self.out.glob("*.csv")]:
-                old.unlink()
-            about.write_text(origin)
-
-    def read(self, name: str, images: np.ndarray, truth: dict[str, str]) -> list[str]:
-        """Reports that the model writes of uint8 images (n, h, w); truth: index -> true report.
-        Kept in a table with the columns that CheXbert's tools read; rows there are used."""
-        file, done = self.out / name, {}
-        if file.exists():
-            csv.field_size_limit(10**9)                 # reports may be long
-            with open(file, newline="", encoding="utf-8") as f:
-                done = {row["index"]: row["Report Impression"] for row in csv.DictReader(f)
-                        if row["Ground Truth"] == truth.get(row["index"], "")}
-        missing = [(k, i) for k, i in enumerate(truth) if i not in done]
-        for some in tqdm([*chunks(missing, 32)], desc=f"reading for {name}", unit="batch"):
-            rows, indices = zip(*some)
-            pixels = self.model.vit.prepare(torch.from_numpy(images[[*rows]]).to(self.model.device))
-            written = self.model.report(pixels, max_new=min(200, self.model.config.max_tokens))
-            done |= dict(zip(indices, written))
-            with atomic(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-                table = csv.writer(f)
-                table.writerow(("index", "Report Impression", "Ground Truth"))
-                table.writerows((i, done[i], truth[i]) for i in truth if i in done)
-        return [done[i] for i in truth]
-
-    def draw(self, wanted: dict[str, tuple[str, int]]) -> np.ndarray:
-        """Images by name, each of a text and a seed, uint8 (n, h, w); draws those not there yet."""
-        missing = [k for k in wanted if not (self.images / f"{k}.png").exists()]
-        for some in tqdm([*chunks(missing, 16)], desc="drawing", unit="batch"):
-            texts, seeds = zip(*(wanted[k] for k in some))
-            images = self.model.generate(texts, self.size, seeds, **self.how)[:, 0]
-            for k, image in zip(some, images.cpu().numpy()):
-                save_image(image, self.images / f"{k}.png")
-        return np.stack([read_image(self.images / f"{k}.png") for k in wanted])
+HEARTS = "Heart size is normal.", "The heart is mildly enlarged.", "The heart is severely enlarged."
 
 
 def label_table(reports: list[str]) -> np.ndarray:
@@ -352,12 +496,14 @@ def label_table(reports: list[str]) -> np.ndarray:
     return np.array([[found.get(c, 0) for c in CLASSES] for found in map(label_report, reports)])
 
 
-def right_places(truth: list[str], written: list[str], kind: str, classes) -> np.ndarray:
-    """(n, 2): findings of both reports whose "sides" or "severity" agrees, and is truly known."""
+def agree(truth: list[str], written: list[str], kind: str, classes) -> np.ndarray:
+    """(n, 3): findings whose "sides" or "severity" is known, those of them that are written too,
+    and those of these whose sides or severity agree."""
     rows = []
     for a, b in zip(map(locate, truth), map(locate, written)):
-        right = [a[c][kind] == b[c][kind] for c in classes if c in a and c in b and a[c][kind]]
-        rows.append((sum(right), len(right)))
+        known = [c for c in classes if c in a and a[c][kind]]
+        both = [c for c in known if c in b]
+        rows.append((len(known), len(both), sum(a[c][kind] == b[c][kind] for c in both)))
     return np.array(rows)
 
 
@@ -366,10 +512,9 @@ def report_scores(truth: list[str], written: list[str]) -> dict[str, list[float]
     a, b = label_table(truth), label_table(written)
     flags = {"": (a == 1, b == 1), ", uncertain as positive": (a != 0, b != 0)}
     columns = {14: slice(None), 5: [CLASSES.index(c) for c in FIVE]}
-    grams = ngram_counts(truth, written)
     rouge = np.array([rouge_l([x], [y]) for x, y in zip(truth, written)])
-    places = {"sides right": right_places(truth, written, "sides", SIDED),
-              "severity right": right_places(truth, written, "severity", CLASSES)}
+    details = {"sides right": agree(truth, written, "sides", SIDED),
+               "severity right": agree(truth, written, "severity", CLASSES)}
 
     def figures(i):
         found = {}
@@ -377,12 +522,11 @@ def report_scores(truth: list[str], written: list[str]) -> dict[str, list[float]
             for count, some in columns.items():
                 score = f1_scores(x[i][:, some], y[i][:, some])
                 found |= {f"{k} F1-{count}{name}": score[k] for k in ("micro", "macro")}
-        found |= {f"BLEU-{n + 1}": value for n, value in enumerate(bleu_of(grams[i]))}
+        grams = bleu([truth[j] for j in i], [written[j] for j in i])
+        found |= {f"BLEU-{n}": value for n, value in enumerate(grams, 1)}
         found["ROUGE-L"] = rouge[i].mean()
-        for name, counts in places.items():
-            if counts[:, 1].any():
-                found[name] = counts[i, 0].sum() / max(1, counts[i, 1].sum())
-        return found
+        return found | {name: counts[i, 2].sum() / max(1, counts[i, 1].sum())
+                        for name, counts in details.items() if counts[:, 1].any()}
     return with_intervals(figures, len(truth))
 
 
@@ -391,9 +535,9 @@ def image_scores(real: np.ndarray, fake: np.ndarray) -> dict[str, list[float]]:
     def figures(i):
         found = {"FD": frechet_distance(real[i], fake[i]), "KD": kernel_distance(real[i], fake[i])}
         return found | (prdc(real[i], fake[i]) if len(i) > 5 else {})
-    found = with_intervals(figures, len(real), rounds=20, move=True) if len(real) > 1 else {}
+    found = with_intervals(figures, len(real), 20, centred=True) if len(real) > 1 else {}
     for k in found.keys() & {"precision", "recall", "coverage"}:
-        found[k] = np.clip(found[k], 0, 1).tolist()         # what moves may leave the range
+        found[k] = np.clip(found[k], 0, 1).tolist()         # what centring may move out of range
     return found
 
 
@@ -403,16 +547,6 @@ def features(encoder, images: np.ndarray) -> np.ndarray:
     parts = [encoder.summary(torch.from_numpy(some).to(encoder.pos_embed.device))
              for some in chunks(images, 32)]
     return torch.cat(parts).double().cpu().numpy()
-
-
-def heart_triples(results: Results, count=20) -> dict[str, list[float]]:
-    """Share of noise seeds whose heart widens from normal to mildly to severely enlarged."""
-    seeds, name = range(1000, 1000 + count), "normal < mild < severe, share of seeds"
-    images = results.draw({f"heart-{level}-{seed}": (text, seed)
-                          for level, text in enumerate(HEARTS) for seed in seeds})
-    widths = np.array([heart_width(f) for f in images]).reshape(len(HEARTS), count)
-    rises = (np.diff(widths, axis=0) > 0).all(0)
-    return with_intervals(lambda i: {name: rises[i].mean()}, count)
 
 
 @torch.no_grad()
@@ -427,80 +561,167 @@ def reconstruction(model: UniX, images: np.ndarray) -> dict[str, list[float]]:
     return with_intervals(lambda i: {name: each[i].mean()}, len(each))
 
 
+class Evaluation:
+    """The folder of an evaluation. What is there is kept, unless weights or settings differ."""
+
+    def __init__(self, args):
+        model = self.model = open_model(args)
+        self.args, self.size = args, args.size or model.config.resolution
+        self.generates = model.vae is not None and bool(model.llm2vae.weight.any())
+        for name in ("points", "guidance", "eta", "shift", "seed", "best_of", "judge", "features"):
+            if not self.generates and getattr(args, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} changes nothing, as {args.weights} "
+                                "cannot generate yet; leave it out, or run train.py --stage 2")
+        self.how = settings(args, model) if self.generates else {}
+        self.encoder = load_rad_dino(args.features).to(model.device) if args.features else model.vit
+        self.judge = args.judge and open_model(argparse.Namespace(
+            **{**vars(args), "weights": args.judge}))
+        self.data = open_data(args.data, args.split, max(self.size, model.config.vit_image))
+        config, home = Path(args.weights, "config.json").resolve(), Path(args.weights)
+        self.out = Path(args.out or (Path("runs") if home == SHIPPED else home) / "evaluation")
+        self.out.mkdir(parents=True, exist_ok=True)
+        about, origin = self.out / "origin.json", json.dumps([
+            str(config), config.stat().st_mtime, self.data.fingerprint(), args.size, args.seed or 0,
+            args.precision, self.how])
+        if not about.exists() or about.read_text(errors="replace") != origin:
+            for old in [*self.out.glob("images/*/*.png"), *self.out.glob("*.csv")]:
+                old.unlink()
+            with atomic(about) as temporary:
+                temporary.write_text(origin)
+
+    def reports(self, name: str, images: np.ndarray, truth: dict[str, str]) -> list[str]:
+        """Reports that the model writes of uint8 images (n, h, w); truth: index -> true report.
+        Kept in a table with the columns that CheXbert's tools read; rows there are used."""
+        file, done = self.out / name, {}
+        if file.exists():
+            csv.field_size_limit(10**9)                 # reports may be long
+            with open(file, newline="", encoding="utf-8", errors="replace") as f:
+                done = {row["index"]: row["Report Impression"] for row in csv.DictReader(f)
+                        if row["Ground Truth"] == truth.get(row["index"], "")}
+        missing = [(n, i) for n, i in enumerate(truth) if i not in done]
+        for some in tqdm([*chunks(missing, 32)], desc=name, unit="batch"):
+            rows, indices = zip(*some)
+            done |= zip(indices, read(self.model, images[[*rows]]))
+            with atomic(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
+                table = csv.writer(f)
+                table.writerow(("index", "Report Impression", "Ground Truth"))
+                table.writerows((i, done[i], truth[i]) for i in truth if i in done)
+        return [done[i] for i in truth]
+
+    def images(self, kind: str, wanted: dict[str, tuple[str, int]]) -> np.ndarray:
+        """Images by name, each of a text and a seed -> uint8 (n, h, w). Images there are used."""
+        folder = self.out / "images" / kind
+        folder.mkdir(parents=True, exist_ok=True)
+        missing = [k for k in wanted if not (folder / f"{k}.png").exists()]
+        for some in tqdm([*chunks(missing, 16)], desc=f"images of {kind}", unit="batch"):
+            texts, seeds = zip(*(wanted[k] for k in some))
+            made = self.model.generate(texts, self.args.size, seeds, **self.how)[:, 0]
+            for k, image in zip(some, made.cpu().numpy()):
+                save_image(image, folder / f"{k}.png")
+        return np.stack([read_image(folder / f"{k}.png") for k in wanted])
+
+    def round_trip(self, kind: str, prompts: dict[str, str]) -> tuple:
+        """Is what an image was generated from read back from it? prompts: index -> text.
+        -> the best image of each (n, h, w), its report, {figure: [value, low, high]}."""
+        count, seed = self.args.best_of or 1, self.args.seed or 0
+        wanted = {f"{i}-{k}" if k else i: (text, seed + int(i) + k * 1_000_000)
+                  for i, text in prompts.items() for k in range(count)}
+        texts, images = [text for text, _ in wanted.values()], self.images(kind, wanted)
+        back = self.reports(f"generated-{kind}.csv", images, dict(zip(wanted, texts)))
+        best, asked = best_of(count, texts, back), [*prompts.values()]
+        back, images, kept = [back[i] for i in best], images[best], [
+            "micro F1-14", "macro F1-14", "sides right", "severity right"]
+        table = {k: v for k, v in report_scores(asked, back).items() if k in kept}
+        if self.judge:
+            second = report_scores(asked, read(self.judge, images))
+            table |= {f"{k}, second reader": second[k] for k in kept if k in second}
+        a, b = label_table(asked) == 1, label_table(back) == 1
+
+        def by_class(i):
+            each = f1_scores(a[i], b[i])["per_class"]
+            return {f"F1 {CLASSES[j]} ({a[:, j].sum()})": each[j] for j in np.flatnonzero(a.any(0))}
+        return images, back, table | with_intervals(by_class, len(a))
+
+    def hearts(self, count=20) -> dict[str, list[float]]:
+        """Share of noise seeds whose heart widens from normal to mildly to severely enlarged."""
+        wanted = {f"{level}-{seed}": (text, seed) for level, text in enumerate(HEARTS)
+                  for seed in range(1000, 1000 + count)}
+        widths = np.array([*map(heart_width, self.images("hearts", wanted))]).reshape(-1, count)
+        rises, name = (np.diff(widths, axis=0) > 0).all(0), "normal < mild < severe, share of seeds"
+        return with_intervals(lambda i: {name: rises[i].mean()}, count)
+
+    def generation(self, samples: dict, real: np.ndarray, written: list[str]) -> dict:
+        """Table 3, and round trips of whole captions and of their impressions alone."""
+        captions, found = {i: s["caption"] for i, s in samples.items()}, {}
+        short = {i: impression(text) for i, text in captions.items()}
+        for kind, prompts in (("reports", captions), ("impressions", short)):
+            fake, back, table = self.round_trip(kind, prompts)
+            table["micro F1-14 of the true images (ceiling)"] = report_scores(
+                [*prompts.values()], written)["micro F1-14"]
+            if kind == "reports":
+                how = "RAD-DINO, class token" if self.args.features else \
+                    "our image encoder, mean of patches"
+                found[f"generation, features: {how}"] = image_scores(
+                    features(self.encoder, real), features(self.encoder, fake))
+            found[f"round trip of {kind}: generated images read back"] = table
+            cells = [image for t, f in zip(real[:8], fake) for image in (square(t, len(f)), f)]
+            lines = [text for asked, read in zip(prompts.values(), back[:8]) for text in (
+                f"TRUE IMAGE\n{asked}", f"GENERATED, AND READ AS\n{read}")]
+            sheet(cells, lines, 4, self.out / f"{kind}.png")
+        return found | ({"severity of the heart": self.hearts()} if self.args.data == "phantom"
+                        else {})
+
+
 def evaluate(args):
-    """Both tables on held-out images; prints them, writes metrics.json, predictions.csv, images."""
-    model = load(args)
-    size = args.size or model.config.resolution
-    if model.vae is not None:
-        model.latent_rows(size)
-    encoder = load_rad_dino(args.features).to(model.device) if args.features else model.vit
-    data = open_data(args.data, args.split, max(size, model.config.vit_image))
-    results = Results(args, model, data)
-    images = [data[i] for i in tqdm(range(min(args.samples, len(data))), desc="images")]
-    images = {str(f["index"]): f for f in images}         # one that stands in for another is one
-    real = np.stack([f["image"] for f in images.values()])
-    truth = {i: f["report"] for i, f in images.items()}
-    written = results.read("predictions.csv", real, truth)
-    metrics = {"understanding": report_scores(list(truth.values()), written)}
+    """Both tables on held-out images; prints them, writes metrics.json, reports and images."""
+    run = Evaluation(args)
+    model, data = run.model, run.data
+    samples = [data[i] for i in tqdm(range(min(args.samples, len(data))), desc="true images")]
+    samples = {str(s["index"]): s for s in samples}     # one that replaces another is one
+    real = np.stack([s["image"] for s in samples.values()])
+    truth = {i: s["report"] for i, s in samples.items()}
+    written = run.reports("predictions.csv", real, truth)
+    metrics = {"understanding": report_scores([*truth.values()], written)}
     if model.vae is not None:
         metrics["autoencoder"] = {}
-        for side in (s for s in (size // 2, size) if s % model.vae.factor == 0):
-            small = open_data(args.data, args.split, max(side, 64))
-            small = np.stack([square(small[int(i)]["image"], side) for i in list(images)[:100]])
+        for side in (s for s in (run.size // 2, run.size) if s % model.vae.factor == 0):
+            data.size = max(side, 64)                   # no phantom is smaller
+            small = np.stack([square(data[int(i)]["image"], side) for i in [*samples][:100]])
             metrics["autoencoder"] |= reconstruction(model, small)
-        if model.llm2vae.weight.any():                  # stage 2 has been run
-            captions = {i: f["caption"] for i, f in images.items()}
-            metrics |= evaluate_drawing(args, results, encoder, captions, real, written)
+    if run.generates:
+        metrics |= run.generation(samples, real, written)
     for line in data.dropped.lines():
         print(f"note: {line}")
+    if (args.best_of or 1) > 1:
+        print(f"note: the reader that chose the best of {args.best_of} images also scores them"
+              + "; --judge WEIGHTS adds a second reader" * (not args.judge))
     for name, table in metrics.items():
-        print(f"\n{name} ({len(images)} images of {args.data}, {args.split} split; 95% interval)")
+        print(f"\n{name} ({len(samples)} images of {args.data}, {args.split} split; 95% interval)")
         for k, (value, low, high) in table.items():
             print(f"  {k:42}{value:9.3f}  [{low:.3f}, {high:.3f}]")
-    with atomic(results.out / "metrics.json") as temporary:
-        temporary.write_text(json.dumps({"samples": len(images), **metrics}, indent=1))
-    print(f"\nwrote {results.out}: {', '.join(sorted(p.name for p in results.out.iterdir()))}")
+    with atomic(run.out / "metrics.json") as temporary:
+        temporary.write_text(json.dumps({"samples": len(samples), **metrics}, indent=1))
+    print(f"\nwrote {run.out}: {', '.join(sorted(p.name for p in run.out.iterdir()))}")
 
 
-def evaluate_drawing(args, results: Results, encoder, captions: dict, real, written: list) -> dict:
-    """Table 3 and the round trip: is what an image was drawn from read back from it?"""
-    fake = results.draw({str(i): (text, args.seed + int(i)) for i, text in captions.items()})
-    prompts, back = list(captions.values()), results.read("drawn.csv", fake, captions)
-    kept = ("micro F1-14", "macro F1-14", "sides right", "severity right")
-    trip = {k: v for k, v in report_scores(prompts, back).items() if k in kept}
-    ceiling = report_scores(prompts, written)["micro F1-14"]
-    trip["micro F1-14 of the true images (ceiling)"] = ceiling
-    a, b = label_table(prompts) == 1, label_table(back) == 1
-
-    def by_class(i):
-        each = f1_scores(a[i], b[i])["per_class"]
-        return {f"F1 {CLASSES[j]} ({a[:, j].sum()})": each[j] for j in np.flatnonzero(a.any(0))}
-    trip |= with_intervals(by_class, len(a))
-    kind = "RAD-DINO, class token" if args.features else "our image encoder, mean of patches"
-    scores = image_scores(features(encoder, real), features(encoder, fake))
-    found = {f"generation, features: {kind}": scores,
-             "round trip: generated images read back": trip}
-    if args.data == "phantom":
-        found["severity of the heart"] = heart_triples(results)
-    shown = [(image, text) for k in range(min(8, len(real))) for image, text in (
-        (real[k], f"REAL {prompts[k]}"), (fake[k], f"DRAWN, read as: {back[k]}"))]
-    sheet(*zip(*shown), 4, results.out / "images.png")
-    return found
+COMMANDS = {"report": report, "generate": generate, "look": look, "evaluate": evaluate}
 
 
 def run(args) -> tuple[int, str]:
     """Runs a command -> exit code and what to say once the progress bars have ended."""
     try:
-        {"report": report, "generate": generate, "evaluate": evaluate}[args.command](args)
+        COMMANDS[args.command](args)
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        return 130, "stopped; an evaluation goes on when run again"
+        return 130, "stopped; an evaluation resumes when run again"
     except (UserError, OSError) as e:
         return 2, " ".join(str(e).split())
     return 0, ""
 
 
 if __name__ == "__main__":
+    plain_streams()
     CODE, SAID = run(ARGS)
     if SAID:
-        print("sample.py:", SAID, file=sys.stderr)
+        note(SAID)
     sys.exit(CODE)

@@ -132,9 +132,10 @@ def judge(row: Path, reader: Path, data: Path) -> dict[str, float]:
     from data import open_data, read_image
     from unix import UniX
     model = UniX.load(reader)
-    with open(row / "evaluation" / "drawn.csv", newline="", encoding="utf-8") as f:
+    with open(row / "evaluation" / "generated-reports.csv", newline="", encoding="utf-8") as f:
         asked = {line["index"]: line["Ground Truth"] for line in csv.DictReader(f)}
-    drawn = np.stack([read_image(row / "evaluation" / "images" / f"{i}.png") for i in asked])
+    folder = row / "evaluation" / "images" / "reports"
+    drawn = np.stack([read_image(folder / f"{i}.png") for i in asked])
     held_out = open_data(str(data), "val", drawn.shape[1])
     real = np.stack([held_out[int(i)]["image"] for i in asked])
     written = []

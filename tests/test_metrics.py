@@ -155,13 +155,27 @@ def test_f1_counts_a_class_without_positives_as_zero():
         sample.f1_scores(truth, truth[:1])
 
 
-def test_bootstrap_covers_the_mean_and_repeats():
+def test_intervals_cover_the_mean_and_repeat():
     x = RNG.normal(loc=3, size=400)
-    low, high = sample.bootstrap(lambda i: x[i].mean(), len(x))
-    assert low < x.mean() < high
+
+    def figures(i):
+        return {"mean": x[i].mean(), "highest": x[i].max()}
+    found = sample.with_intervals(figures, len(x), rounds=1000)
+    value, low, high = found["mean"]
+    assert low < x.mean() == value < high
     assert high - low == pytest.approx(2 * 1.96 * x.std() / 20, rel=.15)
-    assert (low, high) == sample.bootstrap(lambda i: x[i].mean(), len(x))
-    assert (low, high) != sample.bootstrap(lambda i: x[i].mean(), len(x), seed=1)
+    assert found == sample.with_intervals(figures, len(x), rounds=1000)
+    assert found["highest"][0] == found["highest"][2] == x.max()
+
+
+def test_intervals_of_biased_figures_are_moved_to_the_value():
+    """The number of different samples: all 100, but resamples hold about 63."""
+    def figures(i):
+        return {"different": len(set(i.tolist()))}
+    value, low, high = sample.with_intervals(figures, 100)["different"]
+    assert value == 100 and high < 75
+    value, low, high = sample.with_intervals(figures, 100, centred=True)["different"]
+    assert low < value == 100 < high and high - low < 20
 
 
 def test_psnr_by_hand():

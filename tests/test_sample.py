@@ -1,24 +1,29 @@
-"""The commands of sample.py: a user's mistakes are one line each; evaluate runs and goes on."""
+"""The commands of sample.py: a user's mistakes are one line each; evaluate runs and resumes."""
 
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import joint_attn
 import sample
-from ar import Tokenizer
+from ar import Tokenizer, vit_pixels
 from conftest import ROOT, small_config
-from data import UserError, phantom_scene
+from data import UserError, impression, phantom_scene
 from diffusion import VAE
-from unix import SPECIAL, UniX
+from unix import INSTRUCTIONS, SPECIAL, Config, UniX
+
+SHIPPED = sample.SHIPPED
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +52,7 @@ def image(tmp_path):
 
 def call(weights, *words):
     args = sample.parse([str(w) for w in words] + ["--weights", str(weights), "--device", "cpu"])
-    {"report": sample.report, "generate": sample.generate, "evaluate": sample.evaluate}[
-        args.command](args)
+    sample.COMMANDS[args.command](args)
 
 
 @pytest.mark.parametrize("line, said", [
@@ -59,12 +63,27 @@ def call(weights, *words):
     ("generate", "texts"), ("report", "images"), ("report a.png --max-tokens 0", "--max-tokens"),
     ("report a.png --temperature -1", "--temperature"), ("report a.png --top-p 0", "--top-p"),
     ("report a.png --top-p 1.1", "--top-p"), ("report a.png --seed x", "--seed"),
-    ("draw", "command"), ("", "command")])
+    ("draw", "command"), ("", "command"), ("report a.png --seed 3", "at temperature 0"),
+    ("report a.png --top-p .5", "--top-p changes nothing"), ("look", "what"),
+    ("look a.png --guidance 2", "--guidance changes nothing where an image is read"),
+    ("look a.JPG --seed 2", "--seed"), ("look x --layer 0", "--layer: 0"),
+    ("generate x --points 2 --eta 1", "--eta changes nothing in a single step"),
+    ("generate x --guidance .5", "--guidance: 0.5 is not from 1"),
+    ("generate x --guidance inf", "--guidance"), ("generate x --seed -1", "--seed: -1"),
+    ("generate x --seed 99999999999999999999999", "--seed"), ("generate x --eta nan", "--eta"),
+    ("generate x --best-of 0", "--best-of"), ("generate x --size 1e3", "--size"),
+    ("generate x --precision fp16", "--precision")])
 def test_wrong_options_are_one_line(line, said, capsys):
     with pytest.raises(SystemExit) as e:
         sample.parse(line.split())
     told = capsys.readouterr().err
     assert e.value.code == 2 and told.count("\n") == 1 and said in told
+
+
+def test_flags_that_have_an_effect_are_taken():
+    for line in ("report a.png --temperature 1 --seed 3 --top-p .5", "look x --seed 2 --size 64",
+                 "generate x --points 3 --eta 1", "look a.png --layer 2"):
+        sample.parse(line.split())
 
 
 def test_images_that_are_none(weights, image, tmp_path):
@@ -92,7 +111,13 @@ def test_sizes_folders_and_devices(weights, image, tmp_path):
             (("generate", "fine", "--size", 7), "multiple of 8 up to 64"),
             (("evaluate", "--size", 7, "--out", tmp_path / "e"), "multiple of 8"),
             (("generate", "fine", "--out", tmp_path / "none" / "a.png"), "cannot be written"),
-            (("generate", "fine", "--out", tmp_path), "cannot be written"),
+            (("generate", "fine", "--out", tmp_path / "file" / "b" / "a.png"), "cannot be written"),
+            (("generate", "fine", "--out", f"{tmp_path}/file/"), "file"),
+            (("look", "fine", "--layer", 4), "3 layers"),
+            (("look", image, "--layer", 4), "3 layers"),
+            (("look", "missing.png"), "missing.png is not a file"),
+            (("look", "fine", "--size", 7), "multiple of 8"),
+            (("evaluate", "--judge", tmp_path, "--out", tmp_path / "e"), "config.json"),
             (("evaluate", "--out", tmp_path / "file", "--samples", 2), "file"),
             (("evaluate", "--features", tmp_path), "model.safetensors"),
             (("evaluate", "--features", weights), "no DINOv2"),
@@ -136,32 +161,337 @@ def test_report_and_generate(weights, image, tmp_path, capsys):
     once = capsys.readouterr().out
     call(weights, "report", image, image, "--max-tokens", 5)
     assert capsys.readouterr().out == f"{image}: {once}" * 2
-    call(weights, "generate", "fine", "--out", tmp_path / "a.png", "--points", 3)
+    how = ("--points", 3, "--seed", 7)
+    call(weights, "generate", "fine", "--out", tmp_path / "a.png", *how)
     assert Image.open(tmp_path / "a.png").size == (48, 48)
-    call(weights, "generate", "fine", "--count", 2, "--out", tmp_path / "b.png", "--points", 3)
+    assert capsys.readouterr().out == (
+        f"wrote {tmp_path / 'a.png'}: weights {weights}, 48 px, guidance 2, 3 points, shift 3, "
+        "eta 0, seed 7\n")
+    call(weights, "generate", "fine", "--count", 2, "--out", tmp_path / "b.png", *how)
     assert Image.open(tmp_path / "b.png").width > 300
+    call(weights, "generate", "Fine. Good!", "ã", "--count", 2, "--out", f"{tmp_path}/new/", *how)
+    names = ["fine-good-seed7.png", "fine-good-seed8.png", "image-seed10.png", "image-seed9.png"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == names
+    one = UniX.load(weights).generate(["fine"], seeds=[7], points=3, shift=3.0)[0, 0].numpy()
+    assert (np.array(Image.open(tmp_path / "a.png")) == one).all()
+    two = UniX.load(weights).generate(["ã"], seeds=[10], points=3, shift=3.0)[0, 0].numpy()
+    assert (np.array(Image.open(tmp_path / "new" / names[2])) == two).all()
 
 
-def test_evaluate_scores_everything_and_goes_on(weights, tmp_path, monkeypatch):
+def test_a_report_is_sampled_as_asked(weights, image, capsys, monkeypatch):
+    def written(*words):
+        call(weights, "report", image, "--max-tokens", 20, *words)
+        return capsys.readouterr().out
+    warm = ("--temperature", 2)
+    assert written() == written("--temperature", 0) != written(*warm) == written(*warm, "--seed", 0)
+    assert written(*warm, "--seed", 1) != written(*warm)
+    assert written(*warm, "--top-p", 0.001) == written()
+    said = []
+    monkeypatch.setattr(UniX, "report", lambda self, pixels, *how: said.append(how) or ["Fine."])
+    assert written() == written("--prompt", "Why?") == "Fine.\n"
+    assert said == [(INSTRUCTIONS[0], 20, 0, 1, 0), ("Why?", 20, 0, 1, 0)]
+
+
+def test_best_of_keeps_what_is_read_back(weights, tmp_path, monkeypatch, capsys):
+    """Four images of each text, of which the reader says these things."""
+    said = iter(["Normal.", "Left effusion.", "Right effusion.", "Small right effusion.",
+                 "Edema.", "Cardiomegaly.", "Severe cardiomegaly.", "Severe cardiomegaly."])
+    monkeypatch.setattr(sample, "read", lambda model, images: [next(said) for _ in images])
+    call(weights, "generate", "Small right effusion.", "Severe cardiomegaly.", "--best-of", 4,
+         "--points", 3, "--out", f"{tmp_path}/best/")
+    names = sorted(p.name for p in (tmp_path / "best").iterdir())
+    assert names == ["severe-cardiomegaly-seed6.png", "small-right-effusion-seed3.png"]
+    assert capsys.readouterr().out.endswith("best of 4, seed 3, 6\n")
+    image = UniX.load(weights).generate(["Severe cardiomegaly."], seeds=[6], points=3)[0, 0].numpy()
+    assert (np.array(Image.open(tmp_path / "best" / names[0])) == image).all()
+
+
+@pytest.mark.parametrize("worse, better", [
+    ("", "Small right effusion."), ("Edema.", "Small right effusion. Edema."),
+    ("No effusion.", "Left effusion."), ("Left effusion.", "Right effusion."),
+    ("Large right effusion.", "Small right effusion."),
+    ("Small right effusion. Edema.", "Small right effusion."),
+    ("Small bilateral effusions.", "Small right effusion.")])
+def test_which_report_agrees_better(worse, better):
+    asked = ["Small right effusion."] * 2
+    assert sample.best_of(2, asked, [worse, better]).tolist() == [1]
+    assert sample.best_of(2, asked, [better, worse]).tolist() == [0]
+    assert sample.best_of(1, asked, [worse, better]).tolist() == [0, 1]
+    assert sample.best_of(2, asked * 2, [better, better, worse, better]).tolist() == [0, 3]
+
+
+def test_weights_are_the_newest_run_else_those_of_the_repository(
+        weights, image, tmp_path, monkeypatch, capsys):
+    def used():
+        args = sample.parse(["report", image])
+        sample.open_model(args)
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and str(args.weights) in told
+        return str(args.weights), told
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, "SHIPPED", tmp_path / "assets" / "tiny")
+    with pytest.raises(UserError, match="train.py --stage 1"):
+        used()
+    shutil.copytree(weights, tmp_path / "assets" / "tiny")
+    assert used()[0] == str(sample.SHIPPED) and "of the repository" in used()[1]
+    for n, name in enumerate(("a", "c", "b")):
+        shutil.copytree(weights, tmp_path / "runs" / name)
+        os.utime(tmp_path / "runs" / name / "model.safetensors", (n + 1, n + 1))
+    (tmp_path / "runs" / "d").mkdir()                       # not yet saved
+    assert used()[0] == "runs/b" and "newest run" in used()[1]
+    assert SHIPPED == ROOT / "assets" / "tiny"
+
+
+@pytest.mark.parametrize("words, taught_on, times", [
+    (("report", "a.png", "b.png"), "phantom", 1), (("look", "a.png"), "phantom", 1),
+    (("report", "a.png"), "mimic", 0), (("look", "fine"), "phantom", 0),
+    (("generate", "fine"), "phantom", 0), (("evaluate",), "phantom", 0)])
+def test_weights_that_know_phantoms_alone_say_so(weights, monkeypatch, capsys, words, taught_on,
+                                                 times):
+    load = UniX.load
+
+    def taught(*how):
+        model = load(*how)
+        model.config.taught_on = taught_on
+        return model
+    monkeypatch.setattr(UniX, "load", staticmethod(taught))
+    sample.open_model(sample.parse([*words, "--weights", str(weights)]))
+    told = capsys.readouterr().err
+    assert told.count("\n") == told.count("real X-ray means nothing") == times
+
+
+def test_weights_that_cannot_generate_say_so(weights, image, tmp_path, capsys):
+    model = UniX.load(weights)
+    torch.nn.init.zeros_(model.llm2vae.weight)
+    model.save(tmp_path / "reader")
+    out = ("--out", tmp_path / "e")
+    for words in (("generate", "fine"), ("look", "fine")):
+        with pytest.raises(UserError, match="cannot generate yet; run train.py --stage 2"):
+            call(tmp_path / "reader", *words)
+    for name in ("--points", "--guidance", "--eta", "--shift", "--seed", "--best-of", "--judge",
+                 "--features"):
+        with pytest.raises(UserError, match=f"{name} changes nothing"):
+            call(tmp_path / "reader", "evaluate", name, 1 if name != "--points" else 9, *out)
+    call(tmp_path / "reader", "evaluate", "--samples", 3, *out)
+    assert list(json.loads((tmp_path / "e" / "metrics.json").read_text())) == [
+        "samples", "understanding", "autoencoder"]
+    model.config.no_context = True
+    torch.nn.init.normal_(model.llm2vae.weight)
+    model.save(tmp_path / "blind")
+    with pytest.raises(UserError, match="--guidance changes nothing"):
+        call(tmp_path / "blind", "generate", "fine", "--guidance", 2)
+
+
+def test_precision(weights, image, tmp_path, monkeypatch):
+    """bf16 for large models where it is fast; never for `tiny`; the autoencoder stays fp32."""
+    seen = []
+    for part, name in ((UniX, "report"), (UniX, "generate"), (VAE, "decode")):
+        monkeypatch.setattr(part, name, lambda self, *_, name=name, **__: seen.append(
+            (name, torch.is_autocast_enabled("cpu"))))
+
+    def cast(*words):
+        seen.clear()
+        model = sample.open_model(sample.parse(["report", image, "--weights", str(weights),
+                                                "--device", "cpu", *words]))
+        with torch.autocast("cpu", torch.bfloat16):
+            model.vae.decode(None)
+        for name in ("report", "generate"):
+            getattr(model, name)(None)
+        return dict(seen)
+    for fast in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        for words in ((), ("--precision", "fp32")):         # narrow: never
+            assert not cast(*words)["report"] and not cast(*words)["generate"]
+        assert cast("--precision", "bf16") == {"report": True, "generate": True, "decode": False}
+    load = UniX.load
+
+    def wide(*how):
+        model = load(*how)
+        model.config.width = 512
+        return model
+    monkeypatch.setattr(UniX, "load", staticmethod(wide))
+    assert cast()["report"] and cast()["generate"] and not cast("--precision", "fp32")["report"]
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert not cast()["report"]
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert cast()["report"]
+
+
+def test_bf16_gives_nearly_the_same_image(weights, tmp_path):
+    for how in ("fp32", "bf16"):
+        call(weights, "generate", "fine", "--points", 5, "--precision", how,
+             "--out", tmp_path / f"{how}.png")
+    a, b = (np.array(Image.open(tmp_path / f"{how}.png"), int) for how in ("fp32", "bf16"))
+    assert 0 < abs(a - b).mean() < 8
+
+
+# ---- look ----------------------------------------------------------------------------------------
+def test_attention_weights_are_those_of_the_fused_attention(weights, image, monkeypatch):
+    """Text, markers, latents and image: each attention of both branches, with and without masks."""
+    model, fused, kinds = UniX.load(weights), joint_attn.attend, set()
+
+    def compare(q, k, v, mask=None, causal=False):
+        slow, out = sample.attention(q, k, mask, causal), fused(q, k, v, mask, causal)
+        assert slow.shape == (*q.shape[:3], k.shape[2]) and slow.min() >= 0
+        assert (slow.sum(-1) - 1).abs().max() < 1e-5
+        many = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+        assert (slow @ many - out).abs().max() < 1e-5
+        kinds.add((mask is None, causal, q.shape[2] == k.shape[2]))
+        return out
+    monkeypatch.setattr(joint_attn, "attend", compare)
+    with sample.recorded() as seen:
+        model.generate(["fine", "large left effusion"], points=4)
+        pixels = torch.randn(2, 3, 48, 48)
+        model.report(pixels, max_new=4)
+    assert joint_attn.attend is compare and len(kinds) == 4
+    assert all((row.sum(-1) - 1).abs().max() < 1e-5 for row in seen)
+    n = len(seen)
+    model.report(pixels, max_new=2)
+    assert len(seen) == n                               # no change to the path outside the block
+
+
+def test_words_that_look_shows():
+    def shown(text, split=1):
+        ids = [text[i:i + split] for i in range(0, len(text), split)]
+        tokenizer = SimpleNamespace(decode="".join)
+        found = sample.words(tokenizer, ids)
+        return [(word, "".join(ids[i] for i in at)) for word, at in found]
+    text = "Large right-sided pleural effusion. The heart is mildly enlarged. No edema in it."
+    words = ["large", "right-sided", "pleural", "effusion", "heart", "mildly", "enlarged", "no",
+             "edema"]
+    assert shown(text) == [(w, w.replace("large", "Large").replace("no", "No")
+                            .replace("enLarged", "enlarged")) for w in words]
+    tokens = [part for _, part in shown(text, 3)]       # tokens that cut across words
+    assert [w for w, _ in shown(text, 3)] == words
+    for word, part in zip(words, tokens):
+        assert word in part.lower() and len(part) < len(word) + 5
+    assert [w for w, _ in shown("Why not?")] in (["why", "not"], ["not"])
+    assert [w for w, _ in shown("It is so")] == ["it", "is", "so"]
+
+
+def caption_weights(model, ids, seed, layers, points):
+    """The slow way: weights of every layer in every step, from the q and k that a hook finds."""
+    steps, side = [], model.latent_rows(None)
+    with sample.recorded() as seen:
+        for _ in model.sample_latents([ids], side, side, [seed], points=points):
+            steps.append(seen[:])
+            seen.clear()
+    steps[0] = steps[0][len(model.lm.tower.layers):]    # the first ones read the caption
+    return [sum(step[i] for i in layers) / len(layers) for step in steps]
+
+
+def test_maps_of_a_caption(weights):
+    model = UniX.load(weights)
+    ids = model.ids("Large left effusion.")
+    for chosen, layers in ((slice(None), (0, 1, 2)), (slice(1, 2), (1,))):
+        latents, maps = sample.caption_maps(model, ids, None, 3, chosen, points=5)
+        assert latents.shape == (4, 16, 6, 6) and maps.shape == (4, 6, 6, len(ids))
+        for weights_, map_ in zip(caption_weights(model, ids, 3, layers, 5), maps):
+            n = len(ids) + 2                            # BOS text EOS, markers, latents
+            assert weights_.shape == (2 + 36, n + 2 + 36)
+            for row, column, token in ((0, 0, 0), (0, 5, 1), (4, 2, len(ids) - 1)):
+                got = map_[row, column, token]
+                assert got == pytest.approx(weights_[2 + 6 * row + column, 1 + token].item())
+    side = model.latent_rows(None)
+    (*_, last) = model.sample_latents([ids], side, side, [3], points=5)
+    assert torch.equal(latents[-1:], last)
+
+
+def test_maps_of_a_report(weights, monkeypatch):
+    model = UniX.load(weights)
+    image = np.random.default_rng(0).integers(0, 255, (48, 48), np.uint8)
+    monkeypatch.setattr(sample, "read", lambda *_: ["Small left effusion."])
+    ids, maps = sample.report_maps(model, image, slice(2, 3))
+    assert ids == model.ids("Small left effusion.") and maps.shape == (1, 6, 6, len(ids))
+    before = [*model.wrap(model.ids(INSTRUCTIONS[0])), model.config.bos]
+    block = model.embed_image(vit_pixels(torch.from_numpy(image[None]).float()))
+    for at in (0, len(ids) - 1):        # a token that is the last of its text
+        tokens = torch.tensor([before + ids[:at + 1]])
+        with sample.recorded() as seen:
+            model.lm.read_text(tokens, torch.tensor([tokens.shape[1]]), block)
+        want = seen[4][-1, 1:37].reshape(6, 6)          # layer 3: after two of each layer before
+        assert torch.allclose(maps[0, ..., at], want, atol=1e-6)
+
+
+def test_overlay():
+    image = np.full((4, 4), 100, np.uint8)
+    assert (sample.overlay(image, np.zeros((2, 2))) == 100).all()
+    found = sample.overlay(image, np.array([[1., 0], [0, 0]]))
+    assert found[0, 0].tolist() == [208, 58, 30] and (found[3, 3] == 100).all()
+
+
+def test_look(weights, image, tmp_path, capsys, monkeypatch):
+    sheets = []
+    monkeypatch.setattr(sample, "sheet", lambda *how: sheets.append(how))
+    call(weights, "look", "Large left effusion of the chest.", "--points", 12, "--seed", 3,
+         "--out", tmp_path / "a.png")
+    cells, captions, columns, out = sheets[0]
+    assert columns == 8 and len(cells) == len(captions) == 8 * 4 and out == tmp_path / "a.png"
+    assert captions[0].startswith("image at t = 0.97") and captions[7] == "image at t = 0.00"
+    assert [c.split()[0] for c in captions[8::8]] == ["large", "left", "effusion"]
+    assert all(c.endswith("%") for c in captions[8:]) and "at t = 1.00" in captions[8]
+    assert len({c.splitlines()[1] for c in captions[8:16]}) == 1        # one scale a row
+    made = UniX.load(weights).generate(["Large left effusion of the chest."], seeds=[3], points=12)
+    assert (cells[7] == made[0, 0].numpy()).all()
+    for row in range(8, 32, 8):         # red only on top of the last image, somewhere all of it
+        added = [c[..., 0] - c[..., 2].astype(int) for c in cells[row:row + 8]]
+        assert max(a.max() for a in added) > 100
+        assert [c.shape for c in cells[row:row + 8]] == [(48, 48, 3)] * 8
+    said = capsys.readouterr().out
+    assert "12 points" in said and "seed 3" in said and said.endswith(f"wrote {out}\n")
+
+    monkeypatch.setattr(sample, "read", lambda *_: ["Small left effusion is there."])
+    call(weights, "look", image, "--out", tmp_path / "b.png")
+    cells, captions, columns, out = sheets[1]
+    assert [c.split()[0] for c in captions] == [image, "small", "left", "effusion"]
+    assert columns == 6 and [c.shape for c in cells] == [(48, 48, 3)] * 4
+    assert capsys.readouterr().out == f"Small left effusion is there.\nwrote {out}\n"
+    monkeypatch.undo()
+    call(weights, "look", "Large left effusion.", "--points", 3, "--layer", 2,
+         "--out", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").height > 400
+
+
+# ---- evaluate ------------------------------------------------------------------------------------
+def test_evaluate_scores_everything_and_resumes(weights, tmp_path, monkeypatch, capsys):
     out, how = tmp_path / "e", ("--samples", 6, "--points", 3)
     call(weights, "evaluate", "--out", out, *how)
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics.pop("samples") == 6
     assert list(metrics) == [
         "understanding", "autoencoder", "generation, features: our image encoder, mean of patches",
-        "round trip: generated images read back", "severity of the heart"]
+        "round trip of reports: generated images read back",
+        "round trip of impressions: generated images read back", "severity of the heart"]
+    printed = capsys.readouterr().out
     for name, table in metrics.items():
-        assert table, name
+        assert table and f"{name} (6 images of phantom, val split; 95% interval)" in printed, name
         for figure, (value, low, high) in table.items():
             assert low <= high and np.isfinite([value, low, high]).all(), figure
+            assert f"  {figure}" in printed
+    assert "second reader" not in printed and "--best-of" not in printed
     assert {f"{k} F1-{n}{u}" for k in ("micro", "macro") for n in (14, 5) for u in
             ("", ", uncertain as positive")} | {f"BLEU-{n}" for n in range(1, 5)} | {
                 "ROUGE-L"} <= set(metrics["understanding"])
     with open(out / "predictions.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert [r["index"] for r in rows] == list("012345")
-    assert [r["Ground Truth"] for r in rows] == [phantom_scene("val", i)[2] for i in range(6)]
-    assert (out / "images.png").exists() and len(list((out / "images").iterdir())) == 6 + 60
+    reports = [phantom_scene("val", i)[2] for i in range(6)]
+    assert [r["Ground Truth"] for r in rows] == reports
+    for kind, texts in (("reports", reports), ("impressions", [*map(impression, reports)])):
+        with open(out / f"generated-{kind}.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+        assert [r["Ground Truth"] for r in rows] == texts
+        assert (out / f"{kind}.png").exists()
+        assert len(list((out / "images" / kind).iterdir())) == 6
+        made = UniX.load(weights).generate([texts[4]], seeds=[4], points=3, shift=3.0)[0, 0]
+        assert (np.array(Image.open(out / "images" / kind / "4.png")) == made.numpy()).all()
+        a, b = (sample.label_table([r[k] for r in rows]) == 1
+                for k in ("Ground Truth", "Report Impression"))
+        table = metrics[f"round trip of {kind}: generated images read back"]
+        assert table["micro F1-14"][0] == pytest.approx(sample.f1_scores(a, b)["micro"])
+        assert {f"F1 {c} ({n})" for c, n in zip(sample.CLASSES, a.sum(0)) if n} <= set(table)
+    assert len(list((out / "images" / "hearts").iterdir())) == 60
 
     def never(*_, **__):
         raise AssertionError("computed again")
@@ -173,9 +503,73 @@ def test_evaluate_scores_everything_and_goes_on(weights, tmp_path, monkeypatch):
     table.write_bytes(kept[:-20])                           # killed while it wrote the last row
     with monkeypatch.context() as patch:
         patch.setattr(UniX, "generate", never)
-        call(weights, "evaluate", "--out", out, *how)
+        call(weights, "evaluate", "--out", out, *how, "--seed", 0)
     assert table.read_bytes() == kept
     assert json.loads((out / "metrics.json").read_text()) == {"samples": 6, **metrics}
-    (out / "images" / "3.png").unlink()
+    before = (out / "images" / "reports" / "3.png").read_bytes()
     call(weights, "evaluate", "--out", out, *how, "--seed", 1)      # other images
-    assert (out / "images" / "3.png").exists()
+    assert (out / "images" / "reports" / "3.png").read_bytes() != before
+
+
+def test_evaluate_best_of_and_a_second_reader(weights, tmp_path, monkeypatch, capsys):
+    """The reader calls the second of each three images right, the judge nothing."""
+    model = UniX.load(weights)
+    torch.nn.init.normal_(model.lm.lm_head.weight)
+    model.save(tmp_path / "judge")
+    texts = [phantom_scene("val", i)[2] for i in range(4)]
+
+    def reads(model, images, *_):
+        if len(images) != 12:       # the judge gets the four that were chosen, or true images
+            return ["Nothing."] * len(images)
+        sizes.append([*images])
+        right = texts if len(sizes) == 1 else [*map(impression, texts)]
+        return [right[i // 3] if i % 3 == 1 else "Nothing." for i in range(12)]
+    sizes = []
+    monkeypatch.setattr(sample, "read", reads)
+    monkeypatch.setattr(sample.Evaluation, "hearts", lambda self: {})
+    call(weights, "evaluate", "--out", tmp_path / "e", "--samples", 4, "--points", 3, "--best-of",
+         3, "--judge", tmp_path / "judge")
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    for kind in ("reports", "impressions"):
+        table = metrics[f"round trip of {kind}: generated images read back"]
+        assert table["micro F1-14"][0] == 1 and table["micro F1-14, second reader"][0] == 0
+        names = {p.name for p in (tmp_path / "e" / "images" / kind).iterdir()}
+        assert names == {f"{i}{k}.png" for i in range(4) for k in ("", "-1", "-2")}
+    seeds = [Image.open(tmp_path / "e" / "images" / "reports" / f"2{k}.png") for k in ("", "-2")]
+    want = model.generate([texts[2]] * 2, seeds=[2, 2_000_002], points=3, shift=3.0)[:, 0].numpy()
+    assert all((np.array(image) == w).all() for image, w in zip(seeds, want))
+    said = capsys.readouterr().out
+    assert "note: the reader that chose the best of 3 images also scores them\n" in said
+
+
+def test_a_second_reader_judges_without_a_choice(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample.Evaluation, "hearts", lambda self: {})
+    call(weights, "evaluate", "--out", tmp_path / "e", "--samples", 2, "--points", 3, "--judge",
+         weights)
+    metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    for kind in ("reports", "impressions"):     # itself
+        table = metrics[f"round trip of {kind}: generated images read back"]
+        for name in ("micro F1-14", "macro F1-14"):
+            assert table[name] == table[f"{name}, second reader"]
+
+
+# ---- what the console or the disk does not take --------------------------------------------------
+def test_names_that_the_console_cannot_encode(weights, image, tmp_path):
+    odd = tmp_path / "Ünïcode ☃.png"
+    shutil.copy(image, odd)
+    done = run("report", odd, odd, "--weights", weights, "--max-tokens", 3,
+               env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "\\u2603" in done.stdout and "Traceback" not in done.stderr
+    done = run("report", tmp_path / "☃.png", "--weights", weights,
+               env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2 and "\\u2603.png" in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_full_disk_is_one_line(weights, image, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(ROOT / "sample.py"), "report", image,
+                               "--weights", str(weights), "--max-tokens", "3"], stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr == "sample.py: [Errno 28] No space left on device\n"
