@@ -110,31 +110,30 @@ class RadDino(ViT):
     into the projections. Any size that patches divide: the position table is resized.
     """
 
-    def __init__(self, folder: Path, weights: dict[str, Tensor], about: dict, looks: dict):
-        """`weights`: Hugging Face names, older or newer; `about`: its config.json; `looks`: its
-        preprocessor_config.json, or {} for RAD-DINO's. Raises UserError."""
+    def __init__(self, folder: Path, weights: dict[str, Tensor], heads: int, side=518, mean=0.5307,
+                 std=0.2583):
+        """`weights`: Hugging Face names, older or newer; `side`, `mean`, `std`: of the images that
+        it takes. Raises UserError: a tensor of `weights` is missing or of another shape."""
         w = {self.newer(k): v.float() for k, v in weights.items()}
         try:
             proj, table = (w[f"embeddings.{k}"] for k in ("patch_embeddings.projection.weight",
                                                           "position_embeddings"))
             width, patch = proj.shape[0], proj.shape[-1]
+            layers = sum(k.endswith(".layer_scale1.lambda1") for k in w)
             super().__init__(patch * math.isqrt(table.shape[1] - 1), patch, width,
-                             w["encoder.layer.0.mlp.fc1.weight"].shape[0],
-                             about["num_attention_heads"], about["num_hidden_layers"])
+                             w["encoder.layer.0.mlp.fc1.weight"].shape[0], heads, layers)
             self.pos_embed = nn.Parameter(table)
             self.load_state_dict({
                 "pos_embed": table, "patch_embed.proj.weight": proj,
                 "patch_embed.proj.bias": w["embeddings.patch_embeddings.projection.bias"],
                 "norm.weight": w["layernorm.weight"], "norm.bias": w["layernorm.bias"],
-                **{f"blocks.{i}.{k}": v for i in range(len(self.blocks))
+                **{f"blocks.{i}.{k}": v for i in range(layers)
                    for k, v in self.block(w, f"encoder.layer.{i}.").items()}})
             self.cls = nn.Parameter(w["embeddings.cls_token"])
-        except (KeyError, RuntimeError) as e:       # RuntimeError: a tensor of another shape
+        except (LookupError, RuntimeError) as e:    # RuntimeError: a tensor of another shape
             raise UserError(f"{folder}: no DINOv2 model with plain MLPs; wrong is "
                             f"{str(e).splitlines()[-1].strip()}") from None
-        self.side = (looks.get("crop_size") or {}).get("height", 518)
-        self.mean, self.std = ((looks.get(k) or [d])[0] for k, d in (("image_mean", 0.5307),
-                                                                     ("image_std", 0.2583)))
+        self.side, self.mean, self.std = side, mean, std
         self.requires_grad_(False).eval()
 
     @staticmethod

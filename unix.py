@@ -8,9 +8,13 @@ Letters: b batch, l text tokens, m image tokens with markers, n latent tokens, d
 
 import json
 import math
+import os
+import pickle
 import re
+from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +63,7 @@ class Config:
     guidance: float = 2.0       # scale of classifier-free guidance
     guided: tuple = (0.4, 1.0)  # times at which it is on
     eta: float = 0.0            # fresh noise in each step of sampling (ours)
+    taught_on: str = ""         # "phantom", "data", or unknown (ours)
     vae: dict = field(default_factory=dict)     # arguments of diffusion.VAE
 
 
@@ -212,7 +217,7 @@ class UniX(nn.Module):
     def flow_loss(self, x0: Tensor, context, t: Tensor, eps: Tensor, frozen=True, repa_layer=0):
         """Eq. 2, one value a sample (b,), of clean latents x0 and noise eps (b, c, h, w) at times
         t (b,); and the states after layer `repa_layer`."""
-        position_ids = self.latent_positions(*self.grid(*x0.shape[2:]))
+        position_ids = self.latent_positions(*x0.shape[2:])
         x0, eps = (to_tokens(a, self.config.latent_patch) for a in (x0, eps))       # (b, n, c)
         v, repa_states = self.velocity(path(x0, eps, t), t, context, position_ids, frozen,
                                        repa_layer)
@@ -230,29 +235,26 @@ class UniX(nn.Module):
         else:
             context = self.read_captions(captions)
             both = context.with_empty()             # so that a guided step is one pass
-        rows, columns = self.grid(h, w)
         rngs = [torch.Generator().manual_seed(s) for s in seeds]
-        position_ids = self.latent_positions(rows, columns)
+        position_ids = self.latent_positions(h, w)
+        shape = len(position_ids), self.vae2llm.in_features
 
         def noise():
-            return torch.stack([torch.randn(rows * columns, self.vae2llm.in_features, generator=g)
-                                for g in rngs]).to(self.device)
+            return torch.stack([torch.randn(shape, generator=g) for g in rngs]).to(self.device)
 
         def velocity(x, t, guided):
             if guided:
                 return self.velocity(x.repeat(2, 1, 1), t.repeat(2), both, position_ids)[0].chunk(2)
             return self.velocity(x, t, context, position_ids)[0]
         for _, _, x in sample(velocity, noise(), noise=noise, **how):
-            yield to_latents(x, rows, self.config.latent_patch)
-
-    def grid(self, h: int, w: int) -> tuple[int, int]:
-        """Rows and columns of the tokens of h x w latents."""
-        return h // self.config.latent_patch, w // self.config.latent_patch
+            yield to_latents(x, h // self.config.latent_patch, self.config.latent_patch)
 
     def latent_positions(self, h: int, w: int) -> Tensor:
-        """Rows of the position table for h x w tokens (h w,)."""
+        """Rows of the position table for the n tokens of h x w latents (n,)."""
         c = self.config
-        return position_ids(h, w, c.latent_side, c.interpolate_pos).to(self.device)
+        ids = position_ids(h // c.latent_patch, w // c.latent_patch, c.latent_side,
+                           c.interpolate_pos)
+        return ids.to(self.device)
 
     def latent_rows(self, size: int | None) -> int:
         """Latent rows of an image of `size` pixels a side (None: as trained). Raises UserError."""
@@ -280,30 +282,32 @@ class UniX(nn.Module):
         return to_uint8(torch.cat([self.vae.decode(some) for some in latents.split(8)]))
 
     # ---- weights folders
-    def save(self, folder: str | Path):
+    def save(self, folder: str | Path, dtype: torch.dtype | None = None):
         """Writes a weights folder in the released layout, each file whole or not at all; weights
-        come last, so that a folder that has them has all they need."""
+        come last, so that a folder that has them has all they need. Floats are stored as `dtype`
+        (None: as they are); the position table stays exact."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.vae is not None:
-            save_vae(self.vae, folder / "vae")
+            save_vae(self.vae, folder / "vae", dtype)
         if self.tokenizer is not None:
             with atomic(folder / "tokenizer.json") as temporary:
                 self.tokenizer.save(temporary)
         with atomic(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config_json(self), indent=2))
-        write_safetensors({released(k): v for k, v in self.state_dict().items()
-                           if not k.startswith("vae.")}, folder / "model.safetensors")
+        write_safetensors({released(k): v if k == "positions" else v.to(dtype or v.dtype)
+                           for k, v in self.state_dict().items() if not k.startswith("vae.")},
+                          folder / "model.safetensors")
 
     @staticmethod
     def load(folder: str | Path, device="cpu", dtype=torch.float32) -> "UniX":
         """Opens a released, a Janus-Pro or one of our own folders. Raises UserError.
         Tensors stay in the mapped file where dtype and device allow it; the autoencoder is fp32."""
         folder = Path(folder)
-        about, tokenizer = read_json(folder / "config.json"), folder / "tokenizer.json"
+        about, tokenizer = JsonFile(folder / "config.json"), folder / "tokenizer.json"
         weights = {re.sub("^aligner", "connector", re.sub("^vision_model", "vit_model", k)): v
                    for k, v in read_weights(folder).items() if not re.search(UNREAD, k)}
-        config = infer_config(weights, about, folder)
+        config = infer_config(weights, about)
         with torch.device("meta"):
             model = UniX(config)
         if not any("_moe_gen." in k for k in weights):
@@ -314,7 +318,7 @@ class UniX(nn.Module):
         return model.to(device).eval()
 
 
-# ---- names
+# ---- weights folders: names, settings, sizes (you need not read on) -------------------------------
 NAMES = (       # ours -> the released ones, one after the other
     (r"^lm\.lm_head", "language_model.lm_head"), (r"^lm\.(tower\.)?", "language_model.model."),
     (r"^vit\.", "vit_model.vision_tower."), (r"^positions$", "latent_pos_embed.pos_embed"),
@@ -324,6 +328,10 @@ NAMES = (       # ours -> the released ones, one after the other
 UNREAD = r"\.attn_pool\.|^vit_pos_embed\.|^gen_|rotary_emb|^vae\."       # in no forward pass
 MARKERS = {"bos": "bos_token_id", "eos": "eos_token_id", "boi": "start_of_image",
            "eoi": "end_of_image"}
+OURS = ("share_layers", "no_context", "resolution", "eta", "predict_x0", "taught_on")
+UNITS = {       # config.json's name of what an autoencoder's weights do not tell:
+    "scale_factor": ("scale", 0.238092, 1e-6),      # (ours, the released VAE's value, least)
+    "shift_factor": ("latent_mean", -0.201906, -1e9), "norm_groups": ("groups", 32, 1)}
 
 
 def released(name: str) -> str:
@@ -356,43 +364,47 @@ def config_json(model: UniX) -> dict:
         "special_token_ids": {theirs: getattr(c, ours) for ours, theirs in MARKERS.items()},
         "inference_config": {"generation": {"cfg_text_scale": c.guidance, "num_timesteps": 50,
                                             "cfg_interval": c.guided, "do_sample": False}},
-        "ours": {k: getattr(c, k) for k in ("share_layers", "no_context", "resolution", "eta",
-                                            "predict_x0")}}
+        "ours": {k: getattr(c, k) for k in OURS}}
     if model.vae is not None:
         about["vae_path"] = "vae/model.safetensors"
         about["vae_config"] = {"path": about["vae_path"], "downsample": model.vae.factor,
                                "z_channels": c.latent_channels, "embed_dim": c.latent_channels,
-                               "scale_factor": model.vae.scale,
-                               "shift_factor": model.vae.latent_mean,
-                               "norm_groups": model.vae.groups}
+                               **vae_units(model.vae)}
     return about
 
 
-def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Config:
-    """Config of a weights folder: sizes from tensor shapes; the rest from config.json."""
+def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
+    """Config of a weights folder: sizes from tensor shapes; the rest from config.json. Raises
+    UserError: a tensor is missing or cut, a setting is of the wrong kind."""
     def size(ours: str, axis: int, default=None) -> int:
-        name = released(ours)
-        if name in weights and weights[name].dim() > axis:
-            return weights[name].shape[axis]
+        shape = weights[released(ours)].shape if released(ours) in weights else ()
+        if len(shape) > axis and shape[axis]:
+            return shape[axis]
         if default is None:
-            raise UserError(f"{folder}: tensor {name} is missing or cut; download the folder again")
+            raise UserError(f"{about.file.parent}: tensor {released(ours)} is missing or cut; "
+                            "download the folder again")
         return default
 
     def count(prefix: str) -> int:
         return len({m[1] for m in (re.match(prefix + r"(\d+)\.", k) for k in weights) if m})
-    text = about.get("language_config") or about.get("llm_config") or {}
-    layer, base = "lm.tower.layers.0.und.", Config()
-    drawing = about.get("inference_config", {}).get("generation", {})
+    text = "language_config" if about.get("language_config", {}) else "llm_config"
+    drawing, layer, base = "inference_config.generation", "lm.tower.layers.0.und.", Config()
     rows, vocab = size(layer + "q_proj.weight", 0), size("lm.embed_tokens.weight", 0)
-    patch_latents = about.get("latent_patch_size", 1)
-    heads = text.get("num_attention_heads", max(1, rows // 128))      # Janus-Pro: heads of 128
+    heads = about.get(f"{text}.num_attention_heads", max(1, rows // 128), 1, rows)  # Janus-Pro: 128
     head_dim = size(layer + "q_norm.weight", 0, rows // heads)
+    latent_patch = about.get("latent_patch_size", 1, 1, 16)
+    latents = size("vae2llm.weight", 1, base.latent_channels * latent_patch ** 2)
     patch, vit_width = (size("vit.patch_embed.proj.weight", axis) for axis in (2, 0))
-    vit_heads = about.get("vit_config", {}).get("num_attention_heads", max(1, vit_width // 64))
+    vit_heads = about.get("vit_config.num_attention_heads", max(1, vit_width // 64), 1, vit_width)
+    if vit_width % vit_heads:
+        raise UserError(f"{about.file}: vit_config.num_attention_heads must divide {vit_width}")
     usual = [base.bos, base.eos, base.boi, base.eoi]    # the released code has them hard-coded
     usual = usual if max(usual) < vocab else range(vocab - 4, vocab)
-    marker_ids = about.get("special_token_ids", {})
-    markers = {k: marker_ids.get(MARKERS[k], i) for k, i in zip(MARKERS, usual)}
+    ours = about.get("ours", {})
+    if "predict_film" in ours:
+        ours["predict_x0"] = ours.pop("predict_film")       # its older name
+    if unknown := ours.keys() - set(OURS):
+        raise UserError(f"{about.file}: ours.{min(unknown)} is unknown; is the code too old?")
     return Config(
         vit_image=patch * math.isqrt(size("vit.pos_embed", 1)), vit_patch=patch,
         vit_width=vit_width, vit_mlp=size("vit.blocks.0.mlp.fc1.weight", 0), vit_heads=vit_heads,
@@ -400,15 +412,15 @@ def infer_config(weights: dict[str, Tensor], about: dict, folder: Path) -> Confi
         layers=count(r"language_model\.model\.layers\."), width=size("lm.embed_tokens.weight", 1),
         heads=rows // head_dim, kv_heads=size(layer + "k_proj.weight", 0) // head_dim,
         head_dim=head_dim, mlp=size(layer + "gate_proj.weight", 0),
-        max_tokens=text.get("max_position_embeddings", base.max_tokens),
+        max_tokens=about.get(f"{text}.max_position_embeddings", base.max_tokens, 1),
         latent_side=math.isqrt(size("positions", 0, base.latent_side ** 2)),
-        latent_patch=patch_latents,
-        latent_channels=size("vae2llm.weight", 1, base.latent_channels) // patch_latents ** 2,
-        interpolate_pos=bool(about.get("interpolate_pos", False)),
-        guidance=drawing.get("cfg_text_scale", base.guidance),
-        guided=tuple(drawing.get("cfg_interval") or base.guided),
-        **markers, **{{"predict_film": "predict_x0"}.get(k, k): v
-                      for k, v in about.get("ours", {}).items()})
+        latent_patch=latent_patch, latent_channels=latents // latent_patch ** 2,
+        interpolate_pos=about.get("interpolate_pos", False),
+        guidance=about.get(f"{drawing}.cfg_text_scale", base.guidance),
+        guided=tuple(about.get(f"{drawing}.cfg_interval.{i}", base.guided[i]) for i in (0, 1)),
+        **{k: about.get(f"special_token_ids.{MARKERS[k]}", i, 0, vocab - 1)
+           for k, i in zip(MARKERS, usual)},
+        **{k: about.get(f"ours.{k}", getattr(base, k), 0, 1 if k == "eta" else 1e9) for k in OURS})
 
 
 def fill_missing(weights: dict[str, Tensor], model: UniX):
@@ -444,54 +456,59 @@ def load_strict(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype
         for k in model.state_dict()}, assign=True)
 
 
-def read_vae(folder: Path, about: dict) -> VAE | None:
+def vae_units(vae: VAE) -> dict:
+    return {theirs: getattr(vae, ours) for theirs, (ours, _, _) in UNITS.items()}
+
+
+def read_vae(folder: Path, about: "JsonFile") -> VAE | None:
     """The autoencoder of a weights folder, or None. Raises UserError."""
-    block = about.get("vae_config", {})
-    names = {"scale_factor": "scale", "shift_factor": "latent_mean", "norm_groups": "groups"}
-    how = {ours: block[theirs] for theirs, ours in names.items() if theirs in block}
-    for name in (block.get("path", ""), about.get("vae_path", ""), "vae/model.safetensors",
-                 "vae/vae.ckpt", "vae.ckpt"):
-        if (folder / name).is_file():
-            return load_vae(folder / name, **how)
+    for name in (about.get("vae_config.path", ""), about.get("vae_path", ""),
+                 "vae/model.safetensors", "vae/vae.ckpt", "vae.ckpt"):
+        if os.path.isfile(folder / name):
+            return load_vae(folder / name, about)
     return None
 
 
-def save_vae(vae: VAE, folder: Path):
+def save_vae(vae: VAE, folder: Path, dtype: torch.dtype | None = None):
     """Writes an autoencoder, the scale and shift of its latents, and the groups of its norms."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps({"scale_factor": vae.scale, "shift_factor": vae.latent_mean,
-                                         "norm_groups": vae.groups}))
-    write_safetensors(vae.state_dict(), folder / "model.safetensors")
+        temporary.write_text(json.dumps(vae_units(vae)))
+    write_safetensors({k: v.to(dtype or v.dtype) for k, v in vae.state_dict().items()},
+                      folder / "model.safetensors")
 
 
-def load_vae(file: str | Path, scale=0.238092, latent_mean=-0.201906, groups=32) -> VAE:
-    """A CompVis autoencoder from .ckpt or .safetensors, whatever its sizes. A config.json beside it
-    wins over scale, mean and groups of norms. Raises UserError."""
-    file = Path(file)
-    beside, parts = file.parent / "config.json", ("encoder.", "decoder.", "quant_", "post_quant_")
+def load_vae(file: str | Path, about: "JsonFile | None" = None) -> VAE:
+    """A CompVis autoencoder from .ckpt or .safetensors, whatever its sizes. Units of latents, and
+    groups of norms: those of a config.json beside it, else of the model's, else the released ones.
+    Raises UserError."""
+    file, parts = Path(file), ("encoder.", "decoder.", "quant_", "post_quant_")
     weights = {k: v for k, v in read_tensors(file).items() if k.startswith(parts)}  # not loss.*
-    about = read_json(beside) if beside.exists() else {}
+    beside, units = JsonFile(file.parent / "config.json", optional=True), {}
+    for theirs, (ours, usual, least) in UNITS.items():
+        usual = about.get(f"vae_config.{theirs}", usual, least) if about else usual
+        units[ours] = beside.get(theirs, usual, least)
     try:
-        sizes = VAE.sizes(weights)
-    except (KeyError, ValueError) as e:
+        with torch.device("meta"):
+            vae = VAE(**VAE.sizes(weights), **units)
+    except (LookupError, ArithmeticError, ValueError) as e:
         raise UserError(f"{file}: not a CompVis autoencoder ({e}); see --vae") from None
-    with torch.device("meta"):
-        vae = VAE(**sizes, scale=about.get("scale_factor", scale),
-                  latent_mean=about.get("shift_factor", latent_mean),
-                  groups=about.get("norm_groups", groups))
     load_strict(vae, weights, torch.float32, file)
     return vae.eval()
 
 
 def load_rad_dino(folder: str | Path) -> RadDino:
     """RAD-DINO or another DINOv2 from a Hugging Face folder. Raises UserError."""
-    folder, looks = Path(folder), Path(folder) / "preprocessor_config.json"
-    return RadDino(folder, read_weights(folder), read_json(folder / "config.json"),
-                   read_json(looks) if looks.exists() else {})
+    folder = Path(folder)
+    about = JsonFile(folder / "config.json")
+    looks = JsonFile(folder / "preprocessor_config.json", optional=True)
+    mean = looks.get("image_mean.0", 0.5307)            # of the first channel: images are grey
+    return RadDino(folder, read_weights(folder), about.get("num_attention_heads", 12, 1),
+                   looks.get("crop_size.height", 518, 1, 10_000), mean,
+                   looks.get("image_std.0", 0.2583, 1e-6))
 
 
-# ---- files
+# ---- files: JSON, checkpoints, safetensors
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
           "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
@@ -499,14 +516,38 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64}
 
 
-def read_json(file: Path) -> dict:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("not a JSON object")
-        return found
-    except (OSError, ValueError) as e:
-        raise UserError(f"{file}: not readable ({e}); is this a weights folder?") from None
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
+         dict: "an object"}
+
+
+class JsonFile:
+    """A JSON object on disk whose values are checked where they are read. Raises UserError."""
+
+    def __init__(self, file: Path, optional: bool = False):
+        self.file, self.found = file, {}
+        try:
+            if not optional or file.exists():
+                self.found = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(self.found, dict):
+                raise ValueError("not a JSON object")
+        except (OSError, ValueError, RecursionError) as e:
+            raise UserError(f"{file}: not readable ({e}); is this a weights folder?") from None
+
+    def get(self, key: str, default, least=0, most=1e9):
+        """The value of "a.b" (in a list: "a.0"), or `default` where it is missing or null. Raises
+        UserError: it is of another kind than the default, or a number out of bounds."""
+        parent, _, name = key.rpartition(".")
+        value, kind = (self.get(parent, {}) if parent else self.found).get(name), type(default)
+        if value is None:
+            return default
+        if isinstance(value, list):
+            value = {str(i): one for i, one in enumerate(value)}
+        right, said = type(value) in (kind, int if kind is float else kind), KINDS[kind]
+        if kind in (int, float):
+            right, said = right and least <= value <= most, f"{said} from {least:g} to {most:g}"
+        if not right:
+            raise UserError(f"{self.file}: {key} must be {said}, not {json.dumps(value)[:40]}")
+        return value
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -515,21 +556,56 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         if (folder / name).is_file():
             return read_tensors(folder / name)
         if (folder / f"{name}.index.json").is_file():
-            shards = read_json(folder / f"{name}.index.json").get("weight_map", {}).values()
+            index = JsonFile(folder / f"{name}.index.json")
+            shards = [*index.get("weight_map", {}).values()]
+            if not all(isinstance(s, str) and s == Path(s).name for s in shards):
+                raise UserError(f"{index.file}: weight_map must name files of this folder")
             return {k: v for s in sorted(set(shards)) for k, v in read_tensors(folder / s).items()}
     raise UserError(f"{folder}: no model.safetensors or pytorch_model.bin; is the folder complete?")
 
 
+class Inert:
+    """Replaces each class and function in a checkpoint that no tensor is made of. Whatever the file
+    does to it, nothing happens."""
+
+    def __new__(cls, *_, **__):
+        return super().__new__(cls)
+
+    def __call__(self, *_):
+        return self
+    __setstate__ = __setitem__ = append = extend = add = __call__
+
+
+class TensorUnpickler(pickle.Unpickler):
+    """Makes tensors and dictionaries; all else is Inert. It imports nothing."""
+
+    def find_class(self, module, name):
+        if module == "torch._utils" and name in ("_rebuild_tensor", "_rebuild_tensor_v2",
+                                                 "_rebuild_parameter"):
+            return getattr(torch._utils, name).__call__         # the file cannot change a __call__
+        return OrderedDict if (module, name) == ("collections", "OrderedDict") else Inert
+
+
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or of a torch checkpoint (never runs code in it)."""
+    """Tensors of a .safetensors file or of a torch checkpoint: its older format too, and with
+    classes of other programs in it. Never runs code of the file. Raises UserError."""
     if file.suffix == ".safetensors":
         return read_safetensors(file)
     try:
-        found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        with open(file, "rb") as f:
+            how = {"map_location": "cpu", "mmap": f.read(4) == b"PK\3\4"}     # else the older format
+        try:
+            found = torch.load(file, weights_only=True, **how)
+        except pickle.UnpicklingError:      # something in it is not a tensor
+            safe = SimpleNamespace(__name__="safe", Unpickler=TensorUnpickler,
+                                   load=lambda f, **how: TensorUnpickler(f, **how).load())
+            found = torch.load(file, weights_only=False, pickle_module=safe, **how)
+        found = found if isinstance(found, dict) else {}
+        found = found["state_dict"] if isinstance(found.get("state_dict"), dict) else found
+        return {k: v.detach() for k, v in found.items()
+                if isinstance(k, str) and isinstance(v, Tensor)}
     except Exception as e:      # zip, pickle and runtime errors: torch has no common class for them
         raise UserError(f"{file}: not a readable checkpoint ({repr(e)[:120]})") from None
-    found = found.get("state_dict", found) if isinstance(found, dict) else {}
-    return {k: v for k, v in found.items() if isinstance(v, Tensor)}
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

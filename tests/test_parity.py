@@ -50,5 +50,5 @@ def test_rad_dino_reads_older_names(tmp_path):
             k = k.replace(f"attention.{a}_proj", f"attention.attention.{b}")
         old[k.replace("attention.o_proj", "attention.output.dense")] = v
     about = json.loads((GOLDEN / "dinov2" / "config.json").read_text())
-    again = RadDino(tmp_path, old, about, {})
+    again = RadDino(tmp_path, old, about["num_attention_heads"])
     assert all(torch.equal(v, again.state_dict()[k]) for k, v in new.state_dict().items())
