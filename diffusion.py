@@ -285,6 +285,8 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed, z, 1)
         self.factor, self.channels = 2 ** (len(mult) - 1), embed
         self.scale, self.latent_mean, self.groups = scale, latent_mean, groups
+        if ch % groups:
+            raise ValueError(f"{groups} groups of {ch} channels")
         for module in self.modules():
             if isinstance(module, nn.GroupNorm):
                 module.num_groups = groups

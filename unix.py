@@ -262,6 +262,8 @@ class UniX(nn.Module):
             raise UserError("the weights folder has no autoencoder: run train.py --stage 0, or "
                             "put one there as vae/vae.ckpt")
         size = self.config.resolution if size is None else size
+        if self.vae.channels != self.config.latent_channels:
+            raise UserError("the autoencoder is not the one whose latents the model has learned")
         token = self.vae.factor * self.config.latent_patch              # its pixels a side
         if size % token or not 0 < size <= token * self.config.latent_side:
             raise UserError(f"size must be a multiple of {token} up to "
@@ -396,8 +398,10 @@ def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
     latents = size("vae2llm.weight", 1, base.latent_channels * latent_patch ** 2)
     patch, vit_width = (size("vit.patch_embed.proj.weight", axis) for axis in (2, 0))
     vit_heads = about.get("vit_config.num_attention_heads", max(1, vit_width // 64), 1, vit_width)
-    if vit_width % vit_heads:
-        raise UserError(f"{about.file}: vit_config.num_attention_heads must divide {vit_width}")
+    for key, whole, part in (("vit_config.num_attention_heads", vit_width, vit_heads),
+                             ("latent_patch_size", latents, latent_patch ** 2)):
+        if whole % part:
+            raise UserError(f"{about.file}: {key} does not divide the tensors ({whole})")
     usual = [base.bos, base.eos, base.boi, base.eoi]    # the released code has them hard-coded
     usual = usual if max(usual) < vocab else range(vocab - 4, vocab)
     ours = about.get("ours", {})
@@ -516,10 +520,6 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
           "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64}
 
 
-KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a text",
-         dict: "an object"}
-
-
 class JsonFile:
     """A JSON object on disk whose values are checked where they are read. Raises UserError."""
 
@@ -542,11 +542,10 @@ class JsonFile:
             return default
         if isinstance(value, list):
             value = {str(i): one for i, one in enumerate(value)}
-        right, said = type(value) in (kind, int if kind is float else kind), KINDS[kind]
-        if kind in (int, float):
-            right, said = right and least <= value <= most, f"{said} from {least:g} to {most:g}"
-        if not right:
-            raise UserError(f"{self.file}: {key} must be {said}, not {json.dumps(value)[:40]}")
+        fits = type(value) in (kind, int if kind is float else kind)
+        if not fits or kind in (int, float) and not least <= value <= most:
+            raise UserError(f"{self.file}: {key} cannot be {json.dumps(value)[:40]}; for example: "
+                            f"{json.dumps(default)}")
         return value
 
 
