@@ -11,6 +11,7 @@ import math
 import os
 import pickle
 import re
+import tomllib
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -123,12 +124,9 @@ class UniX(nn.Module):
         c = self.config
         channels, patch = self.vae.channels, max(1, 16 // self.vae.factor)
         if (channels, patch) != (c.latent_channels, c.latent_patch):
-            c.latent_channels, c.latent_patch, n = channels, patch, channels * patch ** 2
-            self.vae2llm, self.llm2vae = nn.Linear(n, c.width), nn.Linear(c.width, n)
-            nn.init.normal_(self.vae2llm.weight, std=0.02)
-            for p in (self.vae2llm.bias, self.llm2vae.weight, self.llm2vae.bias):
-                nn.init.zeros_(p)
-            self.to(self.positions.device)
+            c.latent_channels, c.latent_patch = channels, patch
+            new = UniX(replace(c, layers=0, vit_layers=0, vocab=1)).to(self.device)
+            self.vae2llm, self.llm2vae = new.vae2llm, new.llm2vae
 
     def copy_tower(self):
         """Sec. 3.3: the generation tower starts as a copy of the understanding tower."""
@@ -226,11 +224,12 @@ class UniX(nn.Module):
     @torch.no_grad()
     def sample_latents(self, captions: list[list[int]], h: int, w: int, seeds, **how):
         """Denoises an h x w latent image a caption; yields latents (b, c, h, w) after each step.
-        Noise comes from each image's seed, on the CPU: alike in any batch. `how`: diffusion.sample.
-        """
-        context = both = None
-        how = {"eta": self.config.eta, "interval": self.config.guided} | how
-        if self.config.no_context:
+        Noise comes from each image's seed, on the CPU: alike in any batch. `how`: arguments of
+        diffusion.sample; None or nothing means as trained."""
+        c, context = self.config, None
+        how = {"scale": c.guidance, "eta": c.eta, "interval": c.guided} | {
+            k: v for k, v in how.items() if v is not None}
+        if c.no_context:
             how["scale"] = 1.0          # without text there is nothing to be guided by
         else:
             context = self.read_captions(captions)
@@ -247,14 +246,13 @@ class UniX(nn.Module):
                 return self.velocity(x.repeat(2, 1, 1), t.repeat(2), both, position_ids)[0].chunk(2)
             return self.velocity(x, t, context, position_ids)[0]
         for _, _, x in sample(velocity, noise(), noise=noise, **how):
-            yield to_latents(x, h // self.config.latent_patch, self.config.latent_patch)
+            yield to_latents(x, h // c.latent_patch, c.latent_patch)
 
     def latent_positions(self, h: int, w: int) -> Tensor:
         """Rows of the position table for the n tokens of h x w latents (n,)."""
         c = self.config
-        ids = position_ids(h // c.latent_patch, w // c.latent_patch, c.latent_side,
-                           c.interpolate_pos)
-        return ids.to(self.device)
+        h, w = h // c.latent_patch, w // c.latent_patch
+        return position_ids(h, w, c.latent_side, c.interpolate_pos).to(self.device)
 
     def latent_rows(self, size: int | None) -> int:
         """Latent rows of an image of `size` pixels a side (None: as trained). Raises UserError."""
@@ -271,15 +269,11 @@ class UniX(nn.Module):
         return size // self.vae.factor
 
     @torch.no_grad()
-    def generate(self, captions: list[str], size: int | None = None, seeds=None,
-                 scale: float | None = None, eta: float | None = None, **how) -> Tensor:
+    def generate(self, captions: list[str], size: int | None = None, seeds=None, **how) -> Tensor:
         """One image a caption -> uint8 (b, 3, size, size), each from the noise of its own seed.
-        Raises UserError. `scale` of guidance, `eta`: as trained when None. `how`: points, shift."""
+        Raises UserError. `how`: points, shift, scale, eta, interval of diffusion.sample."""
         side, ids = self.latent_rows(size), [self.ids(c) for c in captions]
-        scale = self.config.guidance if scale is None else scale
-        how |= {} if eta is None else {"eta": eta}
-        steps = self.sample_latents(ids, side, side, seeds or range(len(ids)), scale=scale, **how)
-        for latents in steps:
+        for latents in self.sample_latents(ids, side, side, seeds or range(len(ids)), **how):
             pass
         return to_uint8(torch.cat([self.vae.decode(some) for some in latents.split(8)]))
 
@@ -308,7 +302,7 @@ class UniX(nn.Module):
         folder = Path(folder)
         about, tokenizer = JsonFile(folder / "config.json"), folder / "tokenizer.json"
         weights = {re.sub("^aligner", "connector", re.sub("^vision_model", "vit_model", k)): v
-                   for k, v in read_weights(folder).items() if not re.search(UNREAD, k)}
+                   for k, v in read_weights(folder).items() if not re.search(RELEASED["unread"], k)}
         config = infer_config(weights, about)
         with torch.device("meta"):
             model = UniX(config)
@@ -316,62 +310,42 @@ class UniX(nn.Module):
             fill_missing(weights, model)
         load_strict(model, weights, dtype, folder)
         model.tokenizer = Tokenizer.load(tokenizer) if tokenizer.exists() else None
-        model.vae = read_vae(folder, about)
+        for name in (about.get("vae_config.path", ""), about.get("vae_path", ""),
+                     "vae/model.safetensors", "vae/vae.ckpt", "vae.ckpt"):
+            if model.vae is None and os.path.isfile(folder / name):
+                model.vae = load_vae(folder / name, about)
         return model.to(device).eval()
 
 
-# ---- weights folders: names, settings, sizes (you need not read on) -------------------------------
-NAMES = (       # ours -> the released ones, one after the other
-    (r"^lm\.lm_head", "language_model.lm_head"), (r"^lm\.(tower\.)?", "language_model.model."),
-    (r"^vit\.", "vit_model.vision_tower."), (r"^positions$", "latent_pos_embed.pos_embed"),
-    (r"norm_gen\.", "norm_moe_gen."), (r"\.und\.", "."), (r"\.gen\.(\w+)", r".\1_moe_gen"),
-    (r"\.([qkvo]_proj|[qk]_norm)", r".self_attn.\1"),
-    (r"\.((gate|up|down)_proj)(_moe_gen|)", r".mlp\3.\1"))
-UNREAD = r"\.attn_pool\.|^vit_pos_embed\.|^gen_|rotary_emb|^vae\."       # in no forward pass
-MARKERS = {"bos": "bos_token_id", "eos": "eos_token_id", "boi": "start_of_image",
-           "eoi": "end_of_image"}
-OURS = ("share_layers", "no_context", "resolution", "eta", "predict_x0", "taught_on")
-UNITS = {       # config.json's name of what an autoencoder's weights do not tell:
-    "scale_factor": ("scale", 0.238092, 1e-6),      # (ours, the released VAE's value, least)
-    "shift_factor": ("latent_mean", -0.201906, -1e9), "norm_groups": ("groups", 32, 1)}
+# ---- weights folders: names, settings, sizes (you need not read on) -----------------------------
+# What released folders call otherwise: names of tensors, settings of config.json
+RELEASED = tomllib.loads((Path(__file__).parent / "assets" / "released.toml").read_text("utf-8"))
+OURS, UNITS = RELEASED["config"]["ours"], RELEASED["vae"]
 
 
 def released(name: str) -> str:
     """Our parameter name -> the official one."""
-    for ours, theirs in NAMES:
+    for ours, theirs in RELEASED["tensors"]:
         name = re.sub(ours, theirs, name)
     return name
 
 
 def config_json(model: UniX) -> dict:
     """The released config.json for a model, with what only we need under "ours"."""
-    c = model.config
-    text = {"model_type": "llama", "hidden_size": c.width, "intermediate_size": c.mlp,
-            "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
-            "num_key_value_heads": c.kv_heads, "vocab_size": c.vocab,
-            "max_position_embeddings": c.max_tokens}
-    about = {
-        "model_type": "unix", "architectures": ["UniX"], "visual_gen": True, "visual_und": True,
-        "latent_patch_size": c.latent_patch, "max_latent_size": c.latent_side,
-        "timestep_shift": 1.0,
-        "vit_max_num_patch_per_side": c.vit_image // c.vit_patch,
-        "interpolate_pos": c.interpolate_pos, "connector_act": "gelu_pytorch_tanh",
-        "language_config": text,
-        "llm_config": {**text, "model_type": "qwen2", "layer_module": "Qwen2MoTDecoderLayer",
-                       "qk_norm": True, "tie_word_embeddings": False},
-        "vit_config": {"model_type": "siglip_vision_model", "hidden_size": c.vit_width,
-                       "image_size": c.vit_image, "intermediate_size": c.vit_mlp,
-                       "num_attention_heads": c.vit_heads, "num_hidden_layers": c.vit_layers,
-                       "patch_size": c.vit_patch, "select_layer": -1},
-        "special_token_ids": {theirs: getattr(c, ours) for ours, theirs in MARKERS.items()},
-        "inference_config": {"generation": {"cfg_text_scale": c.guidance, "num_timesteps": 50,
-                                            "cfg_interval": c.guided, "do_sample": False}},
-        "ours": {k: getattr(c, k) for k in OURS}}
-    if model.vae is not None:
+    c, vae = model.config, model.vae
+
+    def filled(part):       # "$width" -> c.width
+        if isinstance(part, dict):
+            return {k: filled(v) for k, v in part.items()}
+        return getattr(c, part[1:]) if str(part).startswith("$") else part
+    about = filled(RELEASED["config"])
+    about["llm_config"] = about["language_config"] | about["llm_config"]
+    about["vit_max_num_patch_per_side"] = c.vit_image // c.vit_patch
+    if vae is not None:
         about["vae_path"] = "vae/model.safetensors"
-        about["vae_config"] = {"path": about["vae_path"], "downsample": model.vae.factor,
-                               "z_channels": c.latent_channels, "embed_dim": c.latent_channels,
-                               **vae_units(model.vae)}
+        about["vae_config"] = {"path": about["vae_path"], "downsample": vae.factor, "z_channels":
+                               vae.channels, "embed_dim": vae.channels,
+                               **{k: getattr(vae, ours) for k, (ours, *_) in UNITS.items()}}
     return about
 
 
@@ -404,10 +378,11 @@ def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
             raise UserError(f"{about.file}: {key} does not divide the tensors ({whole})")
     usual = [base.bos, base.eos, base.boi, base.eoi]    # the released code has them hard-coded
     usual = usual if max(usual) < vocab else range(vocab - 4, vocab)
+    markers = RELEASED["config"]["special_token_ids"]
     ours = about.get("ours", {})
     if "predict_film" in ours:
         ours["predict_x0"] = ours.pop("predict_film")       # its older name
-    if unknown := ours.keys() - set(OURS):
+    if unknown := ours.keys() - OURS.keys():
         raise UserError(f"{about.file}: ours.{min(unknown)} is unknown; is the code too old?")
     return Config(
         vit_image=patch * math.isqrt(size("vit.pos_embed", 1)), vit_patch=patch,
@@ -422,8 +397,8 @@ def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
         interpolate_pos=about.get("interpolate_pos", False),
         guidance=about.get(f"{drawing}.cfg_text_scale", base.guidance),
         guided=tuple(about.get(f"{drawing}.cfg_interval.{i}", base.guided[i]) for i in (0, 1)),
-        **{k: about.get(f"special_token_ids.{MARKERS[k]}", i, 0, vocab - 1)
-           for k, i in zip(MARKERS, usual)},
+        **{ours[1:]: about.get(f"special_token_ids.{theirs}", i, 0, vocab - 1)
+           for (theirs, ours), i in zip(markers.items(), usual)},
         **{k: about.get(f"ours.{k}", getattr(base, k), 0, 1 if k == "eta" else 1e9) for k in OURS})
 
 
@@ -448,36 +423,23 @@ def load_strict(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype
     table = released("positions")
     if table in state and table not in weights:             # it is a constant
         weights[table] = position_table(model.config.latent_side, model.config.width)
-    wrong = [f"{k} is {list(weights[k].shape)}, not {list(v.shape)}"
-             for k, v in state.items() if k in weights and weights[k].shape != v.shape]
-    for kind, names in (("missing", state.keys() - weights.keys()),
-                        ("unexpected", weights.keys() - state.keys()), ("wrong shape", wrong)):
-        if names:
-            few = ", ".join(sorted(names)[:4])
-            raise UserError(f"{folder}: {len(names)} tensor(s) {kind}: {few}")
+    wrong = [f"missing: {k}" for k in state.keys() - weights.keys()]
+    wrong += [f"unexpected: {k}" for k in weights.keys() - state.keys()]
+    wrong += [f"wrong shape: {k} is {list(weights[k].shape)}, not {list(v.shape)}"
+              for k, v in state.items() if k in weights and weights[k].shape != v.shape]
+    if wrong:
+        raise UserError(f"{folder}: {len(wrong)} tensor(s) {', '.join(sorted(wrong)[:4])}")
     model.load_state_dict({     # taken out one at a time: never are two copies of all held
         k: weights.pop(released(k)).to(torch.float32 if k == "positions" else dtype)
         for k in model.state_dict()}, assign=True)
-
-
-def vae_units(vae: VAE) -> dict:
-    return {theirs: getattr(vae, ours) for theirs, (ours, _, _) in UNITS.items()}
-
-
-def read_vae(folder: Path, about: "JsonFile") -> VAE | None:
-    """The autoencoder of a weights folder, or None. Raises UserError."""
-    for name in (about.get("vae_config.path", ""), about.get("vae_path", ""),
-                 "vae/model.safetensors", "vae/vae.ckpt", "vae.ckpt"):
-        if os.path.isfile(folder / name):
-            return load_vae(folder / name, about)
-    return None
 
 
 def save_vae(vae: VAE, folder: Path, dtype: torch.dtype | None = None):
     """Writes an autoencoder, the scale and shift of its latents, and the groups of its norms."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps(vae_units(vae)))
+        units = {k: getattr(vae, ours) for k, (ours, *_) in UNITS.items()}
+        temporary.write_text(json.dumps(units))
     write_safetensors({k: v.to(dtype or v.dtype) for k, v in vae.state_dict().items()},
                       folder / "model.safetensors")
 
@@ -505,11 +467,10 @@ def load_rad_dino(folder: str | Path) -> RadDino:
     """RAD-DINO or another DINOv2 from a Hugging Face folder. Raises UserError."""
     folder = Path(folder)
     about = JsonFile(folder / "config.json")
-    looks = JsonFile(folder / "preprocessor_config.json", optional=True)
-    mean = looks.get("image_mean.0", 0.5307)            # of the first channel: images are grey
+    looks = JsonFile(folder / "preprocessor_config.json", optional=True)    # images are grey: ".0"
     return RadDino(folder, read_weights(folder), about.get("num_attention_heads", 12, 1),
-                   looks.get("crop_size.height", 518, 1, 10_000), mean,
-                   looks.get("image_std.0", 0.2583, 1e-6))
+                   looks.get("crop_size.height", 518, 1, 10_000),
+                   looks.get("image_mean.0", 0.5307), looks.get("image_std.0", 0.2583, 1e-6))
 
 
 # ---- files: JSON, checkpoints, safetensors
@@ -592,7 +553,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return read_safetensors(file)
     try:
         with open(file, "rb") as f:
-            how = {"map_location": "cpu", "mmap": f.read(4) == b"PK\3\4"}     # else the older format
+            how = {"map_location": "cpu", "mmap": f.read(4) == b"PK\3\4"}     # else: older format
         try:
             found = torch.load(file, weights_only=True, **how)
         except pickle.UnpicklingError:      # something in it is not a tensor
