@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from functools import lru_cache, partial
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from data import UserError
-from diffusion import position_table
+from diffusion import broadcast, position_table
 from joint_attn import Linear, Tower, attend
 
 # --- image encoders, connector, language model ----------------------------------------------------
@@ -110,54 +110,40 @@ class RadDino(ViT):
     into the projections. Any size that patches divide: the position table is resized.
     """
 
+    NAMES = (       # Hugging Face's, older and newer -> ours, one after the other
+        (r"^dinov2\.", ""), (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+        (r"^embeddings\.position_embeddings", "pos_embed"), (r"^embeddings\.cls_token", "cls"),
+        (r"^encoder\.layer\.", "blocks."), (r"^layernorm\.", "norm."),
+        (r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.", r".attn.\2."),
+        (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."))
+
     def __init__(self, folder: Path, weights: dict[str, Tensor], heads: int, side=518, mean=0.5307,
                  std=0.2583):
-        """`weights`: Hugging Face names, older or newer; `side`, `mean`, `std`: of the images that
-        it takes. Raises UserError: a tensor of `weights` is missing or of another shape."""
-        w = {self.newer(k): v.float() for k, v in weights.items()}
+        """`weights`: Hugging Face names; `side`, `mean`, `std`: of the images that it takes.
+        Raises UserError: a tensor of `weights` is missing or of another shape."""
+        w = {}
+        for name, tensor in weights.items():
+            for theirs, ours in self.NAMES:
+                name = re.sub(theirs, ours, name)
+            w[name] = tensor.float()
         try:
-            proj, table = (w[f"embeddings.{k}"] for k in ("patch_embeddings.projection.weight",
-                                                          "position_embeddings"))
-            width, patch = proj.shape[0], proj.shape[-1]
-            layers = sum(k.endswith(".layer_scale1.lambda1") for k in w)
-            super().__init__(patch * math.isqrt(table.shape[1] - 1), patch, width,
-                             w["encoder.layer.0.mlp.fc1.weight"].shape[0], heads, layers)
-            self.pos_embed = nn.Parameter(table)
-            self.load_state_dict({
-                "pos_embed": table, "patch_embed.proj.weight": proj,
-                "patch_embed.proj.bias": w["embeddings.patch_embeddings.projection.bias"],
-                "norm.weight": w["layernorm.weight"], "norm.bias": w["layernorm.bias"],
-                **{f"blocks.{i}.{k}": v for i in range(layers)
-                   for k, v in self.block(w, f"encoder.layer.{i}.").items()}})
-            self.cls = nn.Parameter(w["embeddings.cls_token"])
-        except (LookupError, RuntimeError) as e:    # RuntimeError: a tensor of another shape
+            width, _, _, patch = w["patch_embed.proj.weight"].shape
+            layers = len({k.split(".")[1] for k in w if k.startswith("blocks.")})
+            super().__init__(patch * math.isqrt(w["pos_embed"].shape[1] - 1), patch, width,
+                             len(w["blocks.0.mlp.fc1.weight"]), heads, layers)
+            self.cls, self.pos_embed = (nn.Parameter(w[k]) for k in ("cls", "pos_embed"))
+            for block, kind in product((f"blocks.{i}." for i in range(layers)), ("weight", "bias")):
+                w[f"{block}attn.qkv.{kind}"] = torch.cat(
+                    [w[f"{block}attn.{n}.{kind}"] for n in "qkv"])
+                for i, name in ((1, "attn.proj"), (2, "mlp.fc2")):
+                    scale, value = w[f"{block}layer_scale{i}.lambda1"], w[f"{block}{name}.{kind}"]
+                    w[f"{block}{name}.{kind}"] = broadcast(scale, value) * value
+            self.load_state_dict({k: w[k] for k in self.state_dict()})
+        except (LookupError, ValueError, RuntimeError) as e:    # RuntimeError: of another shape
             raise UserError(f"{folder}: no DINOv2 model with plain MLPs; wrong is "
                             f"{str(e).splitlines()[-1].strip()}") from None
         self.side, self.mean, self.std = side, mean, std
         self.requires_grad_(False).eval()
-
-    @staticmethod
-    def newer(name: str) -> str:
-        """Older Hugging Face name of a tensor -> the newer one."""
-        name = re.sub(r"^dinov2\.", "", name).replace("attention.attention.", "attention.")
-        name = re.sub(r"\.(q|k|v)(?:uery|ey|alue)\.", r".\1_proj.", name)
-        return name.replace("attention.output.dense.", "attention.o_proj.")
-
-    @staticmethod
-    def block(w: dict[str, Tensor], at: str) -> dict[str, Tensor]:
-        """The tensors of our ViTBlock from those whose names begin with `at`."""
-        found = {}
-        for kind in ("weight", "bias"):
-            one, two = (w[f"{at}layer_scale{j}.lambda1"] for j in (1, 2))
-            if kind == "weight":
-                one, two = one[:, None], two[:, None]
-            for name in ("norm1", "norm2", "mlp.fc1"):
-                found[f"{name}.{kind}"] = w[f"{at}{name}.{kind}"]
-            found[f"mlp.fc2.{kind}"] = two * w[f"{at}mlp.fc2.{kind}"]
-            found[f"attn.proj.{kind}"] = one * w[f"{at}attention.o_proj.{kind}"]
-            found[f"attn.qkv.{kind}"] = torch.cat(
-                [w[f"{at}attention.{n}_proj.{kind}"] for n in "qkv"])
-        return found
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Normalised pixels (b, 3, H, W) -> class token and patches (b, 1 + n, d)."""

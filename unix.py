@@ -466,9 +466,9 @@ def load_vae(file: str | Path, about: "JsonFile | None" = None) -> VAE:
 def load_rad_dino(folder: str | Path) -> RadDino:
     """RAD-DINO or another DINOv2 from a Hugging Face folder. Raises UserError."""
     folder = Path(folder)
-    about = JsonFile(folder / "config.json")
+    weights, about = read_weights(folder), JsonFile(folder / "config.json")
     looks = JsonFile(folder / "preprocessor_config.json", optional=True)    # images are grey: ".0"
-    return RadDino(folder, read_weights(folder), about.get("num_attention_heads", 12, 1),
+    return RadDino(folder, weights, about.get("num_attention_heads", 12, 1),
                    looks.get("crop_size.height", 518, 1, 10_000),
                    looks.get("image_mean.0", 0.5307), looks.get("image_std.0", 0.2583, 1e-6))
 
