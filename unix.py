@@ -12,6 +12,7 @@ import os
 import pickle
 import re
 import tomllib
+import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -498,11 +499,13 @@ class JsonFile:
         """The value of "a.b" (in a list: "a.0"), or `default` where it is missing or null. Raises
         UserError: it is of another kind than the default, or a number out of bounds."""
         parent, _, name = key.rpartition(".")
-        value, kind = (self.get(parent, {}) if parent else self.found).get(name), type(default)
+        if name.isdigit():              # a place in a list
+            value = dict(enumerate(self.get(parent, []))).get(int(name))
+        else:
+            value = (self.get(parent, {}) if parent else self.found).get(name)
         if value is None:
             return default
-        if isinstance(value, list):
-            value = {str(i): one for i, one in enumerate(value)}
+        kind = type(default)
         fits = type(value) in (kind, int if kind is float else kind)
         if not fits or kind in (int, float) and not least <= value <= most:
             raise UserError(f"{self.file}: {key} cannot be {json.dumps(value)[:40]}; for example: "
@@ -552,14 +555,14 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         return read_safetensors(file)
     try:
-        with open(file, "rb") as f:
+        with open(file, "rb") as f, warnings.catch_warnings(action="ignore"):
             how = {"map_location": "cpu", "mmap": f.read(4) == b"PK\3\4"}     # else: older format
-        try:
-            found = torch.load(file, weights_only=True, **how)
-        except pickle.UnpicklingError:      # something in it is not a tensor
-            safe = SimpleNamespace(__name__="safe", Unpickler=TensorUnpickler,
-                                   load=lambda f, **how: TensorUnpickler(f, **how).load())
-            found = torch.load(file, weights_only=False, pickle_module=safe, **how)
+            try:
+                found = torch.load(file, weights_only=True, **how)
+            except pickle.UnpicklingError:      # something in it is not a tensor
+                safe = SimpleNamespace(__name__="safe", Unpickler=TensorUnpickler,
+                                       load=lambda f, **how: TensorUnpickler(f, **how).load())
+                found = torch.load(file, weights_only=False, pickle_module=safe, **how)
         found = found if isinstance(found, dict) else {}
         found = found["state_dict"] if isinstance(found.get("state_dict"), dict) else found
         return {k: v.detach() for k, v in found.items()

@@ -60,6 +60,36 @@ def test_euler_converges_to_the_exact_solution_of_a_gaussian():
     assert abs(torch.corrcoef(torch.stack([new, eps]).flatten(1))[0, 1].item()) < 0.05
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_eta_is_ddims(eta, shift):
+    """Each step against Song et al. 2021, Eq. 12 and 16, in their own terms: y = x / sqrt((1-t)^2 +
+    t^2) is their variance-preserving x, with alpha_t = (1-t)^2 / ((1-t)^2 + t^2)."""
+    torch.manual_seed(1)
+    x0, e, z = torch.randn(3, 2, 4, 3).double()
+    times = shift_time(torch.linspace(1, 0, 6), shift).double()
+    steps, x = sample(lambda x, t, guided: e - x0, e, 6, shift, scale=1.0, eta=eta, noise=lambda: z), e
+    for t, after, (_, _, got) in zip(times, times[1:], steps):
+        clean, noise = x - t * (e - x0), x + (1 - t) * (e - x0)     # what the network predicts
+        alpha, alpha_after = ((1 - u) ** 2 / ((1 - u) ** 2 + u ** 2) for u in (t, after))
+        sigma = eta * ((1 - alpha_after) / (1 - alpha) * (1 - alpha / alpha_after)).sqrt()
+        rest = (1 - alpha_after - sigma ** 2).clamp(min=0).sqrt()
+        y = alpha_after.sqrt() * clean + rest * noise + sigma * z
+        x = y * ((1 - after) ** 2 + after ** 2).sqrt()
+        torch.testing.assert_close(got, x, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_any_eta_keeps_the_variance_of_a_gaussian(eta):
+    """x0 ~ N(0, s^2): after a step to time u the variance is (1-u)^2 s^2 + u^2, whatever eta."""
+    torch.manual_seed(0)
+    s, u = 0.4, shift_time(torch.tensor(0.75), 3.0).item()
+    x0, e = s * torch.randn(1, 400_000, 1), torch.randn(1, 400_000, 1)
+    _, _, x = next(sample(lambda x, t, guided: e - x0, e, 5, scale=1.0, eta=eta,
+                          noise=lambda: torch.randn_like(e)))
+    assert abs(x.var().item() / ((1 - u) ** 2 * s * s + u * u) - 1) < 0.01
+
+
 def test_guidance_switches_on_inside_the_interval_and_costs_nothing_outside():
     asked = []
 

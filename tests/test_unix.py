@@ -80,9 +80,92 @@ def test_generation_tower_equals_understanding_tower_after_the_copy(model):
     block = torch.cat([boi_eoi, x], dim=1)
     hidden, _ = model.lm.tower.read_context(block, torch.zeros(1, 7, dtype=torch.long), torch.tensor([7]), 7)
     torch.testing.assert_close(out, hidden[:, 2:], atol=1e-5, rtol=1e-4)
-    model.lm.tower.layers[0].gen.q_proj.weight.data += 1        # a copy, not the same object
-    assert not torch.equal(model.lm.tower.layers[0].gen.q_proj.weight,
-                           model.lm.tower.layers[0].und.q_proj.weight)
+    pairs = [(layer.gen, layer.und) for layer in model.lm.tower.layers]
+    for gen, und in (*pairs, (model.lm.tower.norm_gen, model.lm.tower.norm)):
+        for name, p in gen.named_parameters():      # a copy of each, not the same object
+            before = und.get_parameter(name).clone()
+            assert torch.equal(p, before), name
+            p.data += 1
+            assert torch.equal(und.get_parameter(name), before), name
+
+
+def test_branches_are_named_parameter_by_parameter():
+    """Table 1: what a stage trains; together they are all, none twice, and it is the parameters
+    themselves that requires_grad_ is called on."""
+    model = with_vae(UniX(small_config(share_layers=1)))
+    parts = {k: model.branch(k) for k in ("understanding", "generation", "vae")}
+    assert sorted(k for part in parts.values() for k in part) == sorted(dict(model.named_parameters()))
+    for name, inside in (
+            ("understanding", {"vit.pos_embed", "connector.layers.0.weight", "lm.embed_tokens.weight",
+                               "lm.lm_head.weight", "lm.tower.norm.weight",
+                               "lm.tower.layers.0.und.q_proj.weight",      # shared, so of this one
+                               "lm.tower.layers.1.und.input_layernorm.weight"}),
+            ("generation", {"lm.tower.layers.1.gen.q_proj.weight", "lm.tower.norm_gen.weight",
+                            "lm.tower.layers.2.gen.q_norm.weight", "vae2llm.bias", "llm2vae.weight",
+                            "time_embedder.mlp.0.weight"}),
+            ("vae", {"vae.encoder.conv_in.weight", "vae.quant_conv.bias"})):
+        assert inside <= parts[name].keys()
+    model.requires_grad_(False)
+    for p in model.branch("generation").values():
+        p.requires_grad_(True)
+    assert {k for k, p in model.named_parameters() if p.requires_grad} == parts["generation"].keys()
+    assert not any(k.startswith("lm.tower.layers.0.gen") for k in parts["generation"])
+    assert "positions" not in dict(model.named_parameters())                # a constant
+
+
+@torch.no_grad()
+def test_repa_states_are_those_after_a_layer_counted_from_1(model):
+    """Equal to what a hook on the layer's last module gives; 0 gives none (Sec. 3.4: the 8th layer)."""
+    x, t, n = torch.randn(2, 4, 16), torch.tensor([0.2, 0.7]), len(model.lm.tower.layers)
+    context, rows, seen = model.read_captions([[1, 2], [3]]), torch.arange(4), []
+
+    def keep(layer):
+        denoise = layer.denoise
+        layer.denoise = lambda *a: seen.append(denoise(*a)) or seen[-1]
+    for layer in model.lm.tower.layers:
+        keep(layer)
+    for k in range(n + 1):
+        seen.clear()
+        v, states = model.velocity(x, t, context, rows, repa_layer=k)
+        assert len(seen) == n and (states is None) == (k == 0)
+        if k:
+            assert torch.equal(states, seen[k - 1][1])
+    _, states = model.flow_loss(x.transpose(1, 2).unflatten(2, (2, 2)), context, t,
+                                torch.randn(2, 16, 2, 2), repa_layer=2)
+    assert torch.equal(states, seen[-2][1])     # of three layers the second
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stop", [0, 2, 5])
+def test_a_report_ends_before_eos(model, images, stop):
+    """The head is made to write 3, 4, 5 ... and EOS as token `stop`; max_new ends it too."""
+    model.tokenizer, calls = Letters(), []
+
+    def head(hidden):
+        logits = torch.zeros(len(hidden), 97)
+        logits[:, 91 if len(calls) == stop else 3 + len(calls)] = 1
+        calls.append(1)
+        return logits
+    model.lm.lm_head.forward = head
+    wanted = model.tokenizer.decode(range(3, 3 + stop))
+    assert model.report(images, "fine", max_new=9) == [wanted] * 3 and len(calls) == stop + 1
+    calls.clear()
+    assert model.report(images, "fine", max_new=1) == [wanted[:1]] * 3 and len(calls) == 1
+
+
+@torch.no_grad()
+def test_autocast_gives_no_warning_and_stays_near_fp32(model, images):
+    """bf16 rounds to 3 digits; a weight or an input left in fp32 would warn or be slow."""
+    import warnings
+    context, x, t = model.read_captions([[1, 2, 3]]), torch.randn(1, 4, 16), torch.tensor([0.4])
+    want = (model.embed_image(images[:1]), model.velocity(x, t, context, torch.arange(4))[0])
+    with warnings.catch_warnings(action="error"), torch.autocast("cpu", torch.bfloat16):
+        context = model.read_captions([[1, 2, 3]])
+        got = (model.embed_image(images[:1]), model.velocity(x, t, context, torch.arange(4))[0])
+        y = model.lm.tower.layers[0].und.input_layernorm(x.new_ones(1, 32).bfloat16())
+    assert y.dtype == torch.bfloat16
+    for a, b in zip(got, want):
+        assert (a.float() - b).norm() < 0.05 * b.norm()
 
 
 def with_vae(model: UniX) -> UniX:
@@ -281,7 +364,7 @@ def test_a_janus_folder_is_a_starting_point(model, images, tmp_path, kind):
     assert not layer.und.k_proj.bias.any() and not loaded.llm2vae.weight.any()
     assert loaded.config.kv_heads == 2 and loaded.config.head_dim == 10
     total, count = loaded.understanding_loss(images, [[1]] * 3, [[2, 3]] * 3)
-    assert math.isfinite(total) and count == 9
+    assert math.isfinite(total.item()) and count == 9
 
 
 def test_a_new_image_encoder_attends_to_neighbours():
