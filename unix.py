@@ -247,13 +247,16 @@ class UniX(nn.Module):
                 return self.velocity(x.repeat(2, 1, 1), t.repeat(2), both, position_ids)[0].chunk(2)
             return self.velocity(x, t, context, position_ids)[0]
         for _, _, x in sample(velocity, noise(), noise=noise, **how):
-            yield to_latents(x, h // c.latent_patch, c.latent_patch)
+            yield to_latents(x, self.grid(h, w)[0], c.latent_patch)
+
+    def grid(self, h: int, w: int) -> tuple[int, int]:
+        """Rows and columns of the tokens of h x w latents."""
+        return h // self.config.latent_patch, w // self.config.latent_patch
 
     def latent_positions(self, h: int, w: int) -> Tensor:
         """Rows of the position table for the n tokens of h x w latents (n,)."""
-        c = self.config
-        h, w = h // c.latent_patch, w // c.latent_patch
-        return position_ids(h, w, c.latent_side, c.interpolate_pos).to(self.device)
+        side, spread = self.config.latent_side, self.config.interpolate_pos
+        return position_ids(*self.grid(h, w), side, spread).to(self.device)
 
     def latent_rows(self, size: int | None) -> int:
         """Latent rows of an image of `size` pixels a side (None: as trained). Raises UserError."""
