@@ -1,13 +1,13 @@
 """Images and reports in, batches out (ours; the paper prepares its data as Sec. 3.4 says).
 
 An image is grey, uint8 (h, w). A report is `FINDINGS: ... IMPRESSION: ...`, or one of both. Sides
-are the patient's: the patient's left is on the viewer's right. In this order: images, data folders,
-batches; then the synthetic data set, labels of reports, cleaning of reports, and a first look at a
-folder (`python data.py DIR`).
+are the patient's: the patient's left is on the viewer's right. The order: images, data folders,
+batches; then the synthetic data set; then labels and cleaning of reports.
 """
 
 import argparse
 import atexit
+import collections
 import contextlib
 import csv
 import difflib
@@ -22,8 +22,6 @@ import re
 import signal
 import sys
 import textwrap
-import threading
-import time
 import tomllib
 import warnings
 import zlib
@@ -32,8 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import (Image, ImageDraw, ImageFilter, ImageFont, ImageOps, TiffImagePlugin,
-                 UnidentifiedImageError)
+from PIL import Image, ImageDraw, ImageFont, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 CLASSES = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity",
            "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax",
@@ -73,8 +70,7 @@ def plain_streams():
 # ---------------------------------------------------------------- images
 warnings.filterwarnings("ignore", module="PIL")  # on odd metadata, and what read_image refuses
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # no EPS: that would start Ghostscript
-ORIENTATION, BITS, PHOTOMETRIC = 0x0112, 258, 262  # tags of EXIF and TIFF
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG, BITS, PHOTOMETRIC = b"\x89PNG\r\n\x1a\n", 258, 262  # how a PNG begins; tags of TIFF
 for key, how in [*TiffImagePlugin.OPEN_INFO.items()]:  # deep TIFFs whose 0 is white, as others
     if key[1] == 1 and how[0][0] in "IF":
         TiffImagePlugin.OPEN_INFO.setdefault((key[0], 0, *key[2:]), how)
@@ -83,8 +79,8 @@ for key, how in [*TiffImagePlugin.OPEN_INFO.items()]:  # deep TIFFs whose 0 is w
 def read_image(path, at_least=0):
     """File -> uint8 (h, w) grey, upright as its EXIF says. UserError if it is no readable image.
 
-    Deeper than 8 bits: the lowest value becomes black and the highest white. What is transparent
-    becomes black. `at_least`: a JPEG may be decoded smaller, with no side shorter (much faster).
+    Grey deeper than 8 bits: the lowest value becomes black and the highest white. What is
+    transparent becomes black. `at_least`: a JPEG may be decoded smaller, with no side shorter.
     """
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give the path of an image")
@@ -92,13 +88,9 @@ def read_image(path, at_least=0):
     try:
         with open(path, "rb") as file:
             head = file.read(132)
-            try:
-                return decode(file, at_least)
-            except Exception:  # PIL raises a dozen kinds for broken files
-                if not head.startswith((PNG, b"\xff\xd8")):
-                    raise
-                return decode(without_metadata(file), at_least)
-    except Exception as error:
+            file.seek(0)
+            return decode(without_metadata(file.read()) if head.startswith(PNG) else file, at_least)
+    except Exception as error:  # PIL raises a dozen kinds for broken files
         if head[128:] == b"DICM":
             raise UserError(f"{path} is a DICOM file; convert it to PNG first, for example with "
                             f"DCMTK: dcmj2pnm --write-16-bit-png {path} IMAGE.png") from None
@@ -108,77 +100,42 @@ def read_image(path, at_least=0):
                         f"of at most {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
 
 
-def without_metadata(file):
-    """A PNG or JPEG without all that is not pixels: broken metadata must not cost an image."""
-    file.seek(0)
-    content = file.read()
-    png, at = content.startswith(PNG), len(PNG) if content.startswith(PNG) else 2
-    kept = [content[:at]]
-    while png and at < len(content):
-        name, end = content[at + 4:at + 8], at + 12 + int.from_bytes(content[at:at + 4], "big")
-        whole = zlib.crc32(content[at + 4:end - 4]).to_bytes(4, "big") == content[end - 4:end]
-        if name in (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND") or name == b"eXIf" and whole:
-            kept.append(content[at:end])
+def without_metadata(png):
+    """Drop what is not pixels from the bytes of a PNG: broken metadata must not cost an image."""
+    kept, at = [PNG], len(PNG)
+    while at < len(png):
+        name, end = png[at + 4:at + 8], at + 12 + int.from_bytes(png[at:at + 4], "big")
+        whole = zlib.crc32(png[at + 4:end - 4]).to_bytes(4, "big") == png[end - 4:end]
+        if name[:1].isupper() or name in (b"tRNS", b"eXIf") and whole:  # upper case: needed
+            kept.append(png[at:end])
         at = end
-    while content[at:at + 1] == b"\xff" and content[at + 1] != 0xDA:  # DA: the pixels
-        kind, end = content[at + 1], at + 2 + int.from_bytes(content[at + 2:at + 4], "big")
-        if not 0xE0 <= kind <= 0xEF and kind != 0xFE or kind in (0xE1, 0xEE) and end > at + 15:
-            kept.append(content[at:end])  # E1: EXIF, EE: how colours are meant
-        at = end
-    return io.BytesIO(b"".join([*kept, content[at:]]))
+    return io.BytesIO(b"".join(kept))
 
 
 def decode(file, at_least):
     """An open file -> uint8 (h, w). Many kinds of exception if it is broken."""
-    file.seek(0)
     with Image.open(file, formats=FORMATS) as image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels")
         if at_least:
             image.draft("L", (at_least, at_least))
-        tags = dict(image.tag_v2) if image.format == "TIFF" else {}
-        raw = image.tile[0].args if image.tile else ""  # how the bytes lie, in PIL's words
-        raw = raw if isinstance(raw, str) else str(raw[0])
+        tags = dict(getattr(image, "tag_v2", {}))
+        deep = ";16" in str(image.tile) or max(tags.get(BITS, (8,))) > 8
         image.load()
-        try:
-            turn = image.getexif().get(ORIENTATION, 1)
-        except Exception:  # garbage: the pixels are whole all the same
-            turn = 1
+        with contextlib.suppress(Exception):  # garbage EXIF: the pixels are whole all the same
+            image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # I;16, I, F; PIL inverts 0 = white in 8 bits only
-            x = np.asarray(image).astype(np.float64)
-            pixels = stretch(-x if tags.get(PHOTOMETRIC) == 0 else x)
-        elif re.fullmatch("RGBA?;16[BLN]", raw):
-            pixels = stretch(colour16(file, np.asarray(image), raw))
-        elif ";16" in raw or max(tags.get(BITS, (8,))) > 8:
+            x = np.asarray(image).astype(np.float64) * (-1 if tags.get(PHOTOMETRIC) == 0 else 1)
+            x = np.where(np.isfinite(x), x, np.nan)
+            low, high = (np.nanmin(x), np.nanmax(x)) if np.isfinite(x).any() else (0, 0)
+            x = np.nan_to_num((x - low) * (255 / max(high - low, 1e-30)))
+            return x.round().astype(np.uint8)
+        if deep:
             raise ValueError(f"its depth, 16 bits a channel of {image.mode}, is not known")
-        else:
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
-            pixels = np.array(image.convert("L"))
-    pixels = pixels.T if turn in (5, 6, 7, 8) else pixels
-    pixels = pixels[:, ::-1] if turn in (2, 3, 6, 7) else pixels
-    return np.ascontiguousarray(pixels[::-1] if turn in (3, 4, 7, 8) else pixels)
-
-
-def stretch(x):
-    """float (h, w) -> uint8: the lowest value becomes 0, the highest 255, NaN and infinity 0."""
-    x = np.where(np.isfinite(x), x, np.nan)
-    low, high = (np.nanmin(x), np.nanmax(x)) if np.isfinite(x).any() else (0, 0)
-    return np.nan_to_num((x - low) * (255 / max(high - low, 1e-30))).round().astype(np.uint8)
-
-
-def colour16(file, high, raw):
-    """A colour image of 16 bits a channel -> float (h, w) grey. PIL gives the high byte of each
-    two; in the other byte order it gives the low one."""
-    order = raw[-1].replace("N", sys.byteorder[0].upper())
-    other = raw[:-1] + {"B": "L", "L": "B"}[order]
-    file.seek(0)
-    with Image.open(file, formats=FORMATS) as image:
-        image.tile = [tile._replace(args=other if isinstance(tile.args, str)
-                                    else (other, *tile.args[1:])) for tile in image.tile]
-        x = high * 256. + np.asarray(image)
-    return x[..., :3] @ (.299, .587, .114) * (x[..., 3] / 65535 if x.shape[2] == 4 else 1)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
+        return np.array(image.convert("L"))
 
 
 def square(image, size):
@@ -204,50 +161,45 @@ class Dropped(dict):
                 for reason, (count, example) in self.items()]
 
 
+def json_rows(lines):
+    for at, line in enumerate(lines, 1):
+        try:
+            yield {key: "" if v is None else str(v) for key, v in {**json.loads(line)}.items()}
+        except (ValueError, TypeError, RecursionError):
+            raise csv.Error(f"line {at} is no JSON object") from None
+
+
 def table(path, columns, dropped):
     """Yield the wanted columns of a .csv, .csv.gz or .jsonl file, a list a row: of "a|b" the first
     that it has; "a?" may be absent and is then "". UserError if it is unreadable or lacks one."""
-    opener = gzip.open if path.suffix == ".gz" else open
+    keys, opener = [], gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
             lines = (line.replace("\0", "") for line in file)
-            rows = json_rows(lines) if path.suffix == ".jsonl" else csv.reader(lines)
-            header, at = [name.strip().lower() for name in next(rows, [])], []
-            for column in columns:
-                names = [name for name in column.rstrip("?").split("|") if name in header]
-                if not names and column[-1] != "?":
-                    raise UserError(f"{path} has no column '{column}', only "
-                                    f"{', '.join(header)[:200] or 'an empty first line'}; add it")
-                at.append(header.index(names[0]) if names else -1)
+            rows = json_rows(lines) if path.suffix == ".jsonl" else csv.DictReader(lines)
             for row in rows:
-                if len(row) > max(at):
-                    yield [row[i] if i >= 0 else "" for i in at]
-                elif row:
-                    dropped.add(f"rows of {path.name} cut short, skipped", row[0])
+                known = {} if keys else {str(key).strip().lower(): key for key in row}
+                for column in () if keys else columns:
+                    names = [name for name in column.rstrip("?").split("|") if name in known]
+                    if not names and column[-1] != "?":
+                        raise UserError(f"{path} has no column '{column}', only "
+                                        f"{', '.join(known)[:200]}; add it")
+                    keys.append(known[names[0]] if names else column)
+                values = [row.get(key, "") for key in keys]
+                if None in values:
+                    dropped.add(f"rows of {path.name} cut short, skipped", values[0])
+                else:  # without lone surrogates
+                    yield [value.encode(errors="replace").decode() for value in values]
     except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise UserError(f"{path} cannot be read ({error}); fix it or copy it again") from None
-
-
-def json_rows(lines):
-    """JSON objects, one a line, as csv.reader would give them: the header, then lists."""
-    keys = []
-    for at, line in enumerate(lines, 1):
-        try:
-            record = {"caption": "", "split": "", "id": "", **json.loads(line)}
-        except (ValueError, TypeError, RecursionError):
-            raise csv.Error(f"line {at} is no JSON object") from None
-        if not keys:
-            keys = list(record)
-            yield keys
-        texts = ("" if record.get(key) is None else str(record[key]) for key in keys)
-        yield [text.encode(errors="replace").decode() for text in texts]  # lone surrogates
+    if not keys:
+        raise UserError(f"{path} has no rows; fill it or remove it")
 
 
 def hash_split(key, test=None):
     """80/10/10 by a hash of `key`, or 90/10/0 where `test` says if it is of a given test set."""
     tenth = hashlib.sha256(key.encode()).digest()[0] % 10
-    test = tenth == 9 if test is None else test
-    return "test" if test else "val" if tenth == 8 else "train"
+    return "test" if (tenth == 9 if test is None else test) else "val" if tenth == 8 else "train"
 
 
 def listing(folder):
@@ -340,23 +292,15 @@ SPLITS = {"tra": "train", "val": "val", "dev": "val", "tes": "test"}  # validate
 def tables_of(files, pattern):
     """The files whose names fit, also with .gz, unless they are there unpacked. No backups
     (prompts.csv.bak), no archives, no files of the system or an editor (._prompts.csv)."""
-    plain = [f for f in files if f.name[0] not in ".~#" and any(map(f.match, pattern.split("|")))]
-    packed = [f for f in files if f.suffix == ".gz" and f.with_suffix("") not in plain
-              and tables_of([f.with_suffix("")], pattern)]
-    return plain + packed
+    names = {f: Path(f.name.removesuffix(".gz")) for f in files if f.name[0] not in ".~#"}
+    return [f for f, name in names.items() if any(map(name.match, pattern.split("|")))
+            and (f.suffix != ".gz" or f.with_name(name.name) not in files)]
 
 
-def read_data(source, size, task="report", raw=False):
-    """'phantom' or a data folder (or one table of it) -> {"train", "val", "test": Dataset}; looks
-    at no image. Where CheXGenBench's prompts lie in another layout's folder, the task "image" takes
-    these. Reports are those of cleaned.jsonl where it has them, unless `raw`.
-    UserError if the folder or a table is missing, unknown or broken."""
-    root, dropped, cleaned = Path(source), Dropped(), {}
-    splits = {"train": range(ENDLESS), "val": range(512), "test": range(512)}
-    if source == "phantom":
-        return {k: Dataset(root, source, k, v, size, dropped) for k, v in splits.items()}
+def find_layout(source, task):
+    """-> name of the layout, its folder, and the files of each of its patterns. UserError."""
+    root = Path(source)
     files = sorted(root / name for name in listing(root)) or [root] * os.path.isfile(root)
-    root = root.parent if files == [root] else root
     found = {name: [tables_of(files, pattern) for pattern in patterns]
              for name, (_, *patterns) in LAYOUTS.items()}
     found = {name: tables for name, tables in found.items() if all(tables)}
@@ -365,10 +309,23 @@ def read_data(source, size, task="report", raw=False):
         problem = "holds no known layout" if os.path.exists(source) else "does not exist"
         raise UserError(f"{source} {problem}; give 'phantom' or a folder of one of: {wanted}")
     layout = "CheXGenBench" if "CheXGenBench" in found and task == "image" else next(iter(found))
+    return layout, files[0].parent, found[layout]
+
+
+def read_data(source, size, task="report", raw=False):
+    """'phantom' or a data folder (or one table of it) -> {"train", "val", "test": Dataset}; looks
+    at no image. Where CheXGenBench's prompts lie in another layout's folder, the task "image" takes
+    these. Reports are those of cleaned.jsonl where it has them, unless `raw`.
+    UserError if the folder or a table is missing, unknown or broken."""
+    dropped, cleaned, seen = Dropped(), {}, set()
+    splits = {"train": range(ENDLESS), "val": range(512), "test": range(512)}
+    if source == "phantom":
+        return {k: Dataset(Path(), source, k, v, size, dropped) for k, v in splits.items()}
+    layout, root, tables = find_layout(source, task)
     if not raw and (root / "cleaned.jsonl").exists():
         cleaned = dict(table(root / "cleaned.jsonl", ("id", "report"), dropped))
-    splits, seen, unused = {"train": [], "val": [], "test": []}, set(), set(cleaned)
-    for name, item, why in LAYOUTS[layout][0](root, dropped, *found[layout]):
+    splits, unused = {"train": [], "val": [], "test": []}, set(cleaned)
+    for name, item, why in LAYOUTS[layout][0](root, dropped, *tables):
         split = SPLITS.get(name.strip().lower()[:3])
         if item.kind in ("raw", "file") and item.id in cleaned and not why:
             unused.discard(item.id)
@@ -409,6 +366,7 @@ def say_once(text):
 
 # ---------------------------------------------------------------- batches
 UNREADABLE, EMPTY = "images unreadable, skipped", "reports missing or empty, skipped"
+CHUNK, PATIENCE = 8, 15  # samples a task of a loader process; seconds to wait for one
 
 
 class Dataset:
@@ -471,16 +429,15 @@ class Dataset:
         if item.kind == "labels":  # NIH has no reports: one is written, always the same
             found = [NIH[label] for label in item.report.split("|") if label in NIH]
             return write_report(found, np.random.default_rng([*item.id.encode()])), True
-        if item.kind == "clean":
-            return item.report, True
-        return join_sections(split_sections(self.raw(i))), False
+        clean = item.kind == "clean"
+        return item.report if clean else join_sections(split_sections(self.raw(i))), clean
 
     def fetch(self, index):
         """ds[index]; "notes" are (index, path, what is wrong or "") of all that was opened."""
         if self.layout == "phantom":
-            made = phantom(self.split, index, self.size)
-            return {"image": made.image, "report": made.report, "caption": made.report,
-                    "index": index, "notes": [(index, "", "")]}
+            image, _, report, _ = phantom(self.split, index, self.size)
+            return {"image": image, "report": report, "caption": report, "index": index,
+                    "notes": [(index, "", "")]}
         n, notes = len(self), []
         for i in range(index, index + min(n, max(20, n // 20 + 1))):  # more is over 5% for sure
             item, (report, _), image = self.items[i % n], self.text(i % n), None
@@ -514,9 +471,6 @@ def shuffled(n, seed, epoch):
     return np.random.default_rng([seed, epoch]).permutation(n)
 
 
-CHUNK, PATIENCE = 8, 15  # samples a task of a loader process; seconds to wait for one
-
-
 def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
     """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)},
     or whatever the data set's samples hold. The k-th depends on (seed, k) alone, so start_step
@@ -545,61 +499,74 @@ def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1)
 
 
 def load(dataset, chunks, workers, ahead):
-    """Yield the samples of each chunk of indices. Each of the processes has `ahead` chunks waiting.
-    UserError if one of them is killed, or if none gives anything for PATIENCE seconds."""
-    import torch
-    options = {"num_workers": workers, "prefetch_factor": ahead, "timeout": 1} if workers else {}
-    before = set(multiprocessing.active_children())
-    with signals_wait():
-        chunks = iter(torch.utils.data.DataLoader(
-            dataset, batch_sampler=chunks, collate_fn=list, generator=torch.Generator(),
-            worker_init_fn=ignore_ctrl_c, **options))
-    own = set(multiprocessing.active_children()) - before
-    atexit.register(kill_workers)
-    late = time.monotonic() + 4 * PATIENCE  # a process that starts has to import torch first
+    """Yield the samples of each chunk of indices. The loader processes take turns, and each has
+    up to `ahead` chunks waiting. UserError if one is killed or gives nothing for PATIENCE seconds.
+    """
+    if not workers:
+        yield from map(dataset.__getitems__, chunks)
+        return
+    crew, waiting, chunks = [], collections.deque(), iter(chunks)
+    ahead = min(ahead, 64)  # so that what waits fits into a pipe
     try:
-        while True:
+        with signals_wait():
+            for _ in range(workers):
+                pipe, its_end = multiprocessing.Pipe()
+                process = multiprocessing.Process(target=work, args=(dataset, its_end, pipe))
+                process.daemon = True
+                process.start()
+                its_end.close()
+                crew.append((process, pipe))
+        turns = itertools.cycle(pipe for _, pipe in crew)
+        for i in itertools.count():
+            patience = PATIENCE if i >= workers else 4 * PATIENCE  # they have to import first
             try:
-                samples = next(chunks)
-            except RuntimeError as error:
-                if not all(process.is_alive() for process in own):
-                    raise UserError("a loader process was killed (out of memory?); run the command "
-                                    "again, with fewer --workers") from None
-                if "timed out" not in str(error):
-                    raise
-                if time.monotonic() > late:
-                    raise UserError(f"the loader processes gave nothing for {PATIENCE} s (a disk "
-                                    "that hangs?); run the command again, or with --workers 0"
-                                    ) from None
-            else:
-                yield samples
-                late = time.monotonic() + PATIENCE
+                for rows in itertools.islice(chunks, workers * ahead - len(waiting)):
+                    waiting.append(next(turns))
+                    waiting[-1].send(rows)
+                if not waiting:
+                    return
+                if not waiting[0].poll(patience):
+                    raise UserError(f"the loader processes gave nothing for {patience} s (a disk "
+                                    "that hangs?); run the command again, or with --workers 0")
+                samples = waiting.popleft().recv()
+            except (EOFError, OSError):
+                raise UserError("a loader process was killed (out of memory?); run the command "
+                                "again, with fewer --workers") from None
+            if isinstance(samples, Exception):
+                raise samples
+            yield samples
     finally:
-        for process in own:
+        for process, _ in crew:
             process.kill()
+
+
+def work(dataset, pipe, other_end):
+    """A loader process: chunks of indices in, samples out, or what went wrong."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows has no masks
+    other_end.close()  # only then does it notice that the program has ended
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            rows = pipe.recv()
+            try:
+                pipe.send(dataset.__getitems__(rows))
+            except Exception as error:
+                pipe.send(error)
 
 
 @contextlib.contextmanager
 def signals_wait():
-    """Ctrl-C and SIGTERM wait for the end of the block; processes started in it never get them, so
-    that the program itself decides when they end. Takes back torch's handler of dead processes,
-    which raises anywhere in the program."""
-    handler, mask = signal.getsignal(getattr(signal, "SIGCHLD", signal.SIGINT)), None
-    if hasattr(signal, "pthread_sigmask"):  # not on Windows
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Ctrl-C and SIGTERM wait for the end of the block. Processes started in it never get them:
+    the program itself decides when they end."""
+    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
+    mask = masks and signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
-        if mask is not None:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGCHLD, handler)
+        if masks:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def ignore_ctrl_c(worker):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
+@atexit.register
 def kill_workers():
     """Kill all processes that this one started through multiprocessing, also those that hang."""
     for process in multiprocessing.active_children():
@@ -607,11 +574,11 @@ def kill_workers():
 
 
 # ---------------------------------------------------------------- you need not read on
-# The rest makes the synthetic data set, and labels and cleans reports.
+# For the paper, that is. The rest makes the synthetic data set, and labels and cleans reports.
 #
 # ---------------------------------------------------------------- phantoms: what can be found
 PHANTOMS = tomllib.loads((ASSETS / "phantoms.toml").read_text("utf-8"))
-CHOICES, ANATOMY, HEART = (PHANTOMS[name] for name in ("choices", "anatomy", "heart"))
+CHOICES, ANATOMY, HEART = PHANTOMS["choices"], PHANTOMS["anatomy"], PHANTOMS["grades"]["Cardiomegaly"]
 SIDES, GRADES = ("left", "right"), ("mild", "moderate", "severe")
 
 
@@ -820,11 +787,10 @@ class Chest:
             self.image += s["breasts"] * self.blob(side * .55, .88, .46, .3, 2)
         self.image += s["bubble"] * self.blob(.5, self.dome[1] + .17, .28, .1, 2)  # in the stomach
         shift = round((s["top"] - .1275) * self.size), round((s["middle"] - .5) * self.size)
-        tree = vessel_trees(self.size)[int(s["tree"])]
-        self.vessels = s["vessels"] * np.roll(tree, shift, (0, 1))
-        row, col = int(s["roll_y"] * self.size), int(s["roll_x"] * self.size)
-        self.grain, self.coarse, self.fine = (tile[row:row + self.size, col:col + self.size]
-                                              for tile in noise(self.size))
+        self.vessels = s["vessels"] * np.roll(vessel_trees(self.size)[int(s["tree"])], shift, (0, 1))
+        rows, columns = (slice(int(s[roll] * self.size), int(s[roll] * self.size) + self.size)
+                         for roll in ("roll_y", "roll_x"))
+        self.grain, self.coarse, self.fine = (tile[rows, columns] for tile in noise(self.size))
 
     def bones(self, ax):
         """Add the back ribs, the fainter front ribs, the chest wall, collar bones and spine."""
@@ -837,21 +803,17 @@ class Chest:
         self.image += ribs * ramp(self.depth + .05, .1) * (1 - .7 * ramp(y - 1.15, .3))
         self.image += .08 * ramp(1.3 - y, .1) * (1 - np.abs(self.depth + .04) * 22).clip(0, 1)
         bar = np.abs(y - .155 + (.21 - .10 * ax) * ax) * high
-        ends = ramp(1.08 - ax, .1) * ramp(ax - .1, .1)
-        self.image += .13 * ramp(.012 - bar, soft) * ends
+        self.image += .13 * ramp(.012 - bar, soft) * ramp(1.08 - ax, .1) * ramp(ax - .1, .1)
         disc = np.abs(y * 7 - np.floor(y * 7) - .5)
         self.image += ramp((.13 - ax) * self.wide, soft) * (.01 + .09 * disc)
 
     def finding(self, f):
         """Paint a finding; those of the heart and the mediastinum are in heart()."""
-        j, sign = self.s["jitter"][CLASSES.index(f.name)], 1 if f.side == "left" else -1
+        s, x, y, soft, wide, high = self.s, self.x, self.y, self.soft, self.wide, self.high
+        j, sign = s["jitter"][CLASSES.index(f.name)], 1 if f.side == "left" else -1
+        half, grade = x * sign > 0, PHANTOMS["grades"].get(f.name, {}).get(f.severity)
         out, down = PHANTOMS["zones"].get(f.place, (0, 0))
         spot = sign * (out + .1 * j[0]), down + .08 * j[1]
-        self.in_the_lung(f, j, sign, spot)
-        self.around_the_lung(f, j, sign, spot)
-
-    def in_the_lung(self, f, j, sign, spot):
-        x, y, soft, wide, high = self.x, self.y, self.soft, self.wide, self.high
         match f.name:
             case "Lung Opacity":
                 mask = self.blob(*spot, .42 + .1 * j[2], .20 + .05 * j[3], 1.5) * self.lung
@@ -867,7 +829,6 @@ class Chest:
                 away = np.hypot((x - spot[0]) * wide, (y - spot[1]) * high)
                 self.fill(ramp(.83 * r - away + r * bumps * self.coarse, soft), .58)
             case "Edema":
-                grade = .6 if f.severity == "mild" else 1.
                 self.vessels *= 1 + .9 * grade
                 for side in (-1, 1):
                     haze = grade * self.blob(side * .42, .56, .62, .46, 1.3)
@@ -879,22 +840,16 @@ class Chest:
                     row = self.dome[sign] - .08 - .04 * j[0] - .09 * k
                     ends = (sign * (.38 + .1 * j[2]), row), (sign * .9, row + .05 - .03 * k)
                     self.stroke(ends, .018, .56)
-
-    def around_the_lung(self, f, j, sign, spot):
-        s, x, y, soft, wide, high = self.s, self.x, self.y, self.soft, self.wide, self.high
-        half = x * sign > 0
-        match f.name:
             case "Pneumothorax":
-                gap = {"mild": .15, "moderate": .25, "severe": .38}[f.severity] * (.95 + .1 * j[0])
+                gap = grade * (.95 + .1 * j[0])
                 edge = arch(x, y, 1 - gap, .55 * gap) * (.5 * wide)
                 air = self.lung * half * ramp(-edge, soft)
                 line = self.lung * half * (1 - np.abs(edge) / max(.010, .8 * soft)).clip(0, 1)
                 self.vessels *= 1 - air
                 self.image += .22 * line - .09 * air
-            case "Pleural Effusion":
-                level = {"mild": 1.12, "moderate": .88, "severe": .62}[f.severity]
+            case "Pleural Effusion":  # grade: the level of the fluid
                 climb = .8 * np.maximum(np.abs(x) - .4, 0) ** 2 - .04 * (j[0] - .5)
-                mask = ramp((y - level + climb) * high, 2 * soft) * self.inside
+                mask = ramp((y - grade + climb) * high, 2 * soft) * self.inside
                 self.fill(mask if f.side == "bilateral" else mask * half, .66)
             case "Pleural Other":
                 y0, y1 = (-.2, .2) if f.place == "apical" else (.34 + .06 * j[0], .76 + .08 * j[1])
@@ -905,36 +860,12 @@ class Chest:
                 gap, phase, step = s["rib_gap"], s["rib_phase"], .065 if j[2] > .5 else -.065
                 rib = (round((spot[1] - .078) / gap + phase - .5) + .5 - phase) * gap
                 for ends, shift in (((.46, .60, .74), 0), ((.74, .86, .97), step)):
-                    rib_end = [(sign * at, rib + .42 * (at - .35) ** 2 + shift) for at in ends]
-                    self.stroke(rib_end, .026, .66)
+                    self.stroke([(sign * at, rib + .42 * (at - .35) ** 2 + shift) for at in ends],
+                                .026, .66)
                 self.image += .2 * self.blob(sign * .74, rib + .064 + step / 2, .07, .06, 1.5)
             case "Support Devices":
-                device = PHANTOMS["devices"][f.kind]
-                course = [(sign * at if at > .15 else at, row) for at, row in device["course"]]
-                self.stroke(course, device["thick"], 1.05)
-                if f.kind == "pacemaker":
-                    self.stroke([(sign * .74, .22), (sign * .86, .24)], .062, 1.05)
-
-
-def heart_width(image):
-    """Measure the cardiothoracic ratio of a frontal image, uint8 (size, size), at 256 px. Outwards
-    from the midline, the first dark pixel of a row is the border of the heart; it counts where it
-    stands upright just above the diaphragm. Unseen, it is taken to be a normal heart's."""
-    x = Image.fromarray(image).resize((256, 256), Image.BICUBIC).filter(ImageFilter.BoxBlur(3))
-    x, heart, chest = np.asarray(x, np.float32), 0, 0
-    middle = np.median(x[110:192, 118:138])
-    for half, normal, most in ((x[:, 127::-1], .28, .55), (x[:, 128:], .62, .93)):
-        wall = 61 + np.diff(half[70:150, 60:120].mean(0)).argmax()  # the steepest rise
-        rows, air = half[110:192], np.percentile(half[60:192, 12:wall], 10)
-        level = (np.median(rows[:, :10], 1) + rows[:, 12:wall].min(1)) / 2
-        dark = rows < np.minimum(level, (air + middle) / 2 + 6)[:, None]
-        dark[:, wall - 4:] = True
-        border = dark.argmax(1)
-        upright = np.abs(border[8:] - border[:-8]) < 5
-        seen = border[4:-4][upright & (border[4:-4] < most * wall) & (border[30] < wall - 4)]
-        heart += np.median(seen[-6:]) if len(seen) else normal * wall
-        chest += wall
-    return float(heart / chest)
+                for thick, *course in PHANTOMS["devices"][f.kind]:
+                    self.stroke([(sign * u if u > .15 else u, v) for u, v in course], thick, 1.05)
 
 
 # ---------------------------------------------------------------- phantoms: reports
@@ -960,8 +891,8 @@ def write_report(findings, rng):
     """"FINDINGS: ... IMPRESSION: ...": all the findings, and some denials of what is not there.
 
     What is there comes first, in the order of CLASSES, and denials have an order too: a reader that
-    writes the likeliest next word would else always begin with a denial, and most of what it has
-    to learn would be the throw of a dice. rng: a numpy Generator. About 10 to 55 words.
+    writes the likeliest next word would else always begin with a denial. rng: a numpy Generator.
+    About 10 to 55 words.
     """
     def pick(options):
         return options[rng.integers(len(options))]
@@ -982,8 +913,7 @@ def write_report(findings, rng):
 
 def impression(caption):
     """The last section of a caption, its impression, without a header: short prompts are learned
-    from it (ours). It sums up what is found; sentences picked at random would not, and would teach
-    that what is not named may be there all the same."""
+    from it (ours). It sums up what is found, so that what is not named is not there."""
     sections = [*filter(None, map(str.strip, re.split("FINDINGS: |IMPRESSION: ", caption)))]
     return sections[-1] if sections else caption
 
@@ -992,51 +922,48 @@ def impression(caption):
 PHRASES = ASSETS / "phrases.toml"
 WORDS = r"(?<!\w)(?:{})(?!\w)"
 TABLES = {  # of PHRASES: how its phrases are compiled, and its keys
-    "mentions": (WORDS, CLASSES[1:]), "sides": (WORDS, SIDES), "severity": (WORDS, GRADES),
-    "cues": (WORDS, ("negation", "uncertainty", "no_cue", "report")), "normals": (WORDS, ()),
-    "behind": ("{REACH}" + WORDS, ("negation", "uncertainty")), "rules": ("(?i:{})", ()),
-    "patterns": ("{}", ("new_clause", "joint", "removed", "title")),
+    "mentions": (WORDS, CLASSES[1:]), "normals": (WORDS, CLASSES), "sides": (WORDS, SIDES),
+    "severity": (WORDS, GRADES), "cues": (WORDS, ("negation", "uncertainty", "no_cue", "report")),
+    "behind": ("{REACH}" + WORDS, ("negation", "uncertainty")), "rules": ("(?i:{})", None),
+    "patterns": ("{}", ("new_clause", "joint", "removed", "title", "item", "sentence_end",
+                        "header")),
     "headers": ("(?i:{})$", ("FINDINGS", "IMPRESSION", "BODY", "SKIP")),
-    "other_headers": (WORDS, ("earlier", "organs")), "prompts": (None, ("clean", "judge")),
-    "spelling": (None, ("FINDINGS", "IMPRESSION", "SKIP"))}
-# A header that [headers] knows, or any other words before a colon, at the start of a sentence.
-WORD = "[A-Za-z](?:[a-z]{1,19}|[A-Z]{1,2})"
-HEADER = (r"(?:^[ *#]*|(?<=[.!?:])\s|(?P<inline> )) ?(?P<name>NAMES) ?(?::|$)"
-          r"|(?:^[ *#]*|(?<=[.!?])\s) ?(?=(?P<other>(?-i:[A-Z][A-Z0-9_ ,/&()-]{1,99}"
-          rf"|{WORD}(?: {WORD}){{0,3}})) ?(?P<colon>[:;]| [-–] |$))")
+    "other_headers": (WORDS, ("earlier", "organs", "image")), "prompts": ("", ("clean", "judge")),
+    "spelling": ("", ("FINDINGS", "IMPRESSION", "SKIP"))}
 
 
 def read_phrases(path):
-    """-> {table: {key: regex of its phrases}} of a TOML file; of a rule {key: (regex, replacement
-    or None)}. UserError with file and key where the file is broken."""
+    """-> {table: {key: regex of its phrases}} of a TOML file; of a rule (regex, replacement or
+    None). UserError with file and key where the file is broken."""
     parts, key = {}, "as a whole"
 
-    def pattern(phrases):
+    def pattern(phrases, frame="{}"):
         joined = phrases if isinstance(phrases, str) else "|".join(phrases)
-        joined = re.sub(r"\s*\n\s*", "", joined)
+        joined = frame.replace("{}", re.sub(r"\s*\n\s*", "", joined))
         return re.sub(r"\{([A-Z]+)\}", lambda part: parts[part[1]], joined)
 
     try:
         tables = tomllib.loads(path.read_text("utf-8"))
         for key, phrases in tables["parts"].items():
             parts[key] = pattern(phrases)
-        names = pattern([*itertools.chain(*tables["headers"].values())])
+        parts["HEADERS"] = pattern([*itertools.chain(*tables["headers"].values())])
         for table, (frame, keys) in TABLES.items():
             key = table
             rows = tables[table]
-            if set(rows) != set(keys or rows) or table == "normals" and set(rows) - set(CLASSES):
-                raise ValueError(f"its keys must be {', '.join(keys or CLASSES)}")
+            if keys and (set(rows) - set(keys) or table != "normals" and set(keys) - set(rows)):
+                raise ValueError(f"its keys must be {', '.join(keys)}")
             for name, row in rows.items():
-                key, new = f"{table}.{name}", row.get("replace") if table == "rules" else None
-                regex = pattern(row["find"] if table == "rules" else row)
+                key, new = f"{table}.{name}", None
+                if table == "rules":
+                    row, new = row["find"], row.get("replace")
+                regex = re.compile(pattern(row, frame))
+                regex.sub(new or "", "")  # is the replacement one?
                 if frame:
-                    regex = re.compile(pattern(frame).replace("{}", regex))
-                    regex.sub(new or "", "")  # is the replacement one?
                     rows[name] = (regex, new) if table == "rules" else regex
     except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         lacks = "not there: " if isinstance(error, KeyError) else ""
         raise UserError(f"{path}, {key}: {lacks}{error}; correct it") from None
-    return tables | {"header": re.compile(HEADER.replace("NAMES", names), re.I | re.M)}
+    return tables
 
 
 @lru_cache(1)
@@ -1045,22 +972,11 @@ def phrases():
 
 
 # ---------------------------------------------------------------- labels: reading a report
-# A sentence ends before white space, and between two words or before a number without it; a list
-# item begins at the start of a line, or inside one where its label cannot be taken for a word.
-SENTENCE_END = re.compile(
-    r"(?:(?<=[.!?…。])|(?<=[.!?…]['\")\]]))\s+|(?<=[^\W\d_]{2}[.!?…。])(?=['\"(\[]?\w)"
-    r"|(?<=\d[.!?])(?=[^\W\d_]{2})")
-MARK = (r"[(\[]?(?:\d{1,2}|[a-z]|[ivx]{1,4})[]).:/-]+(?!\d)|(?:\d{1,2}|o)(?=\s)(?! ?[cm]m\b)"
-        r"|[^\w\s.,;:()'\"/]+")
-ITEM = re.compile(rf"\n\s*\n|\n\s*(?:{MARK})\s*|\s*[•·▪◦‣●○■]+\s*"
-                  r"|\s\(?(?:\d{1,2}|[a-h]|[ivx]{1,4})\)\s*(?=[^\W\d_])|\s\d{1,2}-\s(?=[^\W\d_])",
-                  re.I)
-
-
 def split_sentences(text):
     """Sentences and list items; cut at 600 characters: time stays linear in the text's length."""
-    for item in ITEM.split(text):
-        for sentence in SENTENCE_END.split(item):
+    known = phrases()["patterns"]
+    for item in known["item"].split(text):
+        for sentence in known["sentence_end"].split(item):
             yield from re.findall(r".{1,600}(?:\s|$)|.{600}", " ".join(sentence.split()))
 
 
@@ -1135,28 +1051,26 @@ def locate(text):
 
 # ---------------------------------------------------------------- cleaning
 def section_of(header, section):
-    """The section that a match of HEADER begins after `section`; None: it is no header."""
+    """The section that a match of the header pattern begins after `section`; None: no header."""
     known = phrases()
-    if header["inline"] and not (header["name"].isupper() and header[0].endswith(":")):
-        return None  # "the following findings:" in a sentence
     if header["name"]:
+        if header["inline"] and not (header["name"].isupper() and header[0].endswith(":")):
+            return None  # "the following findings:" in a sentence
         return next(key for key, names in known["headers"].items() if names.match(header["name"]))
-    name = header["other"].lower()
-    for section_name, words in known["spelling"].items():
+    name, capitals = header["other"].lower(), header["other"].isupper()
+    for spelt, words in known["spelling"].items():
         if difflib.get_close_matches(name, words, 1, .8):
-            return section_name
+            return spelt
+    has = {kind for kind, words in known["other_headers"].items() if words.search(name)}
+    finding = any(mention.search(name) for mention in known["mentions"].values())
     if header["colon"] != ":":
         return None
-    finding = any(mention.search(name) for mention in known["mentions"].values())
-    if known["other_headers"]["earlier"].search(name) and not finding:
+    if "earlier" in has and not finding:
         return "SKIP"
-    if not header["other"].isupper():
-        return None
-    if re.search(r"\b(?:chest|radiographs?|views?)\b", name):
+    if capitals and "image" in has:
         return "BODY"
-    if finding or section not in ("BODY", "SKIP"):
-        return None
-    return None if known["other_headers"]["organs"].search(name) else "SKIP"
+    unknown = capitals and not finding and "organs" not in has
+    return "SKIP" if unknown and section in ("BODY", "SKIP") else None
 
 
 def split_sections(text):
@@ -1167,7 +1081,7 @@ def split_sections(text):
     text = re.sub(r"[^\S\n]+", " ", text)
     sections = {"FINDINGS": "", "IMPRESSION": "", "BODY": ""}
     section, start = "BODY", 0
-    for m in [*phrases()["header"].finditer(text), None]:
+    for m in [*phrases()["patterns"]["header"].finditer(text), None]:
         following = section_of(m, section) if m else "BODY"
         if not following:
             continue
@@ -1189,17 +1103,15 @@ def join_sections(sections):
 def clean_sentence(sentence):
     """One sentence without what its image cannot show; "" where nothing is left."""
     for pattern, new in phrases()["rules"].values():
-        if new is not None:
-            sentence = pattern.sub(new, sentence)
-        elif pattern.search(sentence):
+        if new is None and pattern.search(sentence):
             return ""
-    sentence = re.sub(r"\b([Aa])n(?=\s+[b-df-gj-np-tv-z])", r"\1", sentence)  # an unchanged heart
+        sentence = sentence if new is None else pattern.sub(new, sentence)
     return sentence[0].upper() + sentence[1:] + "."
 
 
 def clean_report(text):
     """Report -> "FINDINGS: ... IMPRESSION: ..." as the paper trains on, "" where nothing is left.
-    The rules of PHRASES stand for the paper's language model, whose prompts are unpublished (ours).
+    The rules of PHRASES replace the paper's language model, whose prompts are unpublished (ours).
     They name what goes; change becomes present state ("increased effusion" -> "effusion")."""
     known, cleaned = phrases()["patterns"], {}
     for name, section in split_sections(text).items():
@@ -1213,69 +1125,8 @@ def clean_checked(text, answer=None):
     """Report, and perhaps a model's answer -> (cleaned report, True), or (its sections as they
     were, False) where a label changed."""
     cleaned = clean_report(text) if answer is None else join_sections(split_sections(answer))
-    if label_report(cleaned) == label_report(text):
-        return cleaned, True
-    return join_sections(split_sections(text)), False
-
-
-# ---------------------------------------------------------------- a first look, and cleaning
-def save_image(image, path):
-    """Write an image, uint8 (h, w) or (h, w, 3), as PNG, whole or not at all."""
-    with atomic(path) as temporary:
-        Image.fromarray(image).save(temporary, "PNG")
-
-
-def sheet(images, captions, columns, path):
-    """Write a PNG of images, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
-    font, cells, gap = ImageFont.load_default(13), [], 8
-    for image, caption in zip(images, captions):
-        caption = caption.encode(errors="replace").decode()
-        cell = Image.fromarray(np.asarray(image)).convert("RGB")
-        cell = ImageOps.scale(cell, max(1, round(192 / max(cell.size))), Image.Resampling.NEAREST)
-        width, place = max(192, cell.width), (0, cell.height + 4)
-        letter = font.getlength(caption.replace("\n", " ") or " ") / max(1, len(caption))
-        lines = (textwrap.fill(line, int(.84 * width / letter)) for line in caption.split("\n"))
-        text = "\n".join(lines)
-        bottom = ImageDraw.Draw(cell).multiline_textbbox(place, text, font=font)[3]
-        cells.append(Image.new("RGB", (width + gap, round(bottom) + 2 * gap), "white"))
-        cells[-1].paste(cell)
-        ImageDraw.Draw(cells[-1]).multiline_text(place, text, "black", font)
-    width, height = np.max([cell.size for cell in cells], 0).tolist()
-    rows, columns = -(-len(cells) // columns), min(columns, len(cells))
-    page = Image.new("RGB", (gap + width * columns, gap + height * rows), "white")
-    for i, cell in enumerate(cells):
-        page.paste(cell, (gap + width * (i % columns), gap + height * (i // columns)))
-    save_image(np.asarray(page), path)
-
-
-def first_look(source, out):
-    """Print what a data folder holds and what was left out; write a sheet of eight images."""
-    splits = read_data(source, size=256)
-    data = next((d for d in splits.values() if len(d)), splits["train"])
-    sizes = (f"{name} {len(d):,}" if len(d) < ENDLESS else f"{name} without end"
-             for name, d in splits.items())
-    print(f"{source}: {data.layout}. Images: {', '.join(sizes)}")
-    try:
-        data.drop_missing()
-    except UserError as error:
-        if not len(data):
-            raise
-        print(f"{error}. No sheet written")
-    else:
-        samples = [data[i] for i in range(min(8, len(data)))]
-        sheet([s["image"] for s in samples], [s["report"] for s in samples], 4, out)
-        print(f"{out}: images of the {data.split} split")
-    texts, clean = zip(*map(data.text, range(0, len(data), -(-len(data) // 2000))))
-    low, mid, high = np.percentile([len(text.split()) for text in texts], (5, 50, 95))
-    print(f"{len(texts):,} reports of {mid:.0f} words, 5-95%: {low:.0f}-{high:.0f}; "
-          f"{clean.count(False):,} of them not cleaned (--clean)")
-    labels = [label_report(text) for text in texts]
-    print(f"{'':28}positive uncertain negative")
-    for name in CLASSES:
-        values = [label.get(name) for label in labels]
-        print(f"{name:28}{values.count(1):8}{values.count(-1):10}{values.count(0):9}")
-    for line in data.dropped.lines():
-        print(f"left out: {line}")
+    same = label_report(cleaned) == label_report(text)
+    return cleaned if same else join_sections(split_sections(text)), same
 
 
 def raw_reports(source):
@@ -1315,21 +1166,77 @@ def export_prompts(source, path):
         for name, raw in raw_reports(source)[1].items()))
 
 
+# ---------------------------------------------------------------- a first look
+def save_image(image, path):
+    """Write an image, uint8 (h, w) or (h, w, 3), as PNG, whole or not at all."""
+    with atomic(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG")
+
+
+def sheet(images, captions, columns, path):
+    """Write a PNG of images, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
+    font, cells, gap = ImageFont.load_default(13), [], 8
+    for image, caption in zip(images, captions):
+        caption = caption.encode(errors="replace").decode()
+        image = Image.fromarray(np.asarray(image)).convert("RGB")
+        image = ImageOps.scale(image, max(1, round(192 / max(image.size))), Image.Resampling.NEAREST)
+        width = max(192, image.width)
+        letter = font.getlength(caption.replace("\n", " ") or " ") / max(1, len(caption))
+        lines = [textwrap.fill(line, int(.84 * width / letter)) for line in caption.split("\n")]
+        text = "\n".join(lines)
+        height = image.height + 17 * (text.count("\n") + 1) + 2 * gap
+        cells.append(Image.new("RGB", (width + gap, height), "white"))
+        cells[-1].paste(image)
+        ImageDraw.Draw(cells[-1]).multiline_text((0, image.height + 4), text, "black", font)
+    width, height = np.max([cell.size for cell in cells], 0).tolist()
+    rows, columns = -(-len(cells) // columns), min(columns, len(cells))
+    page = Image.new("RGB", (gap + width * columns, gap + height * rows), "white")
+    for i, cell in enumerate(cells):
+        page.paste(cell, (gap + width * (i % columns), gap + height * (i // columns)))
+    save_image(np.asarray(page), path)
+
+
+def first_look(source, out):
+    """Print what a data folder holds and what was left out; write a sheet of eight images."""
+    splits = read_data(source, size=256)
+    data = next((d for d in splits.values() if len(d)), splits["train"])
+    sizes = (f"{k} {f'{len(d):,}' if len(d) < ENDLESS else 'endless'}" for k, d in splits.items())
+    print(f"{source}: {data.layout}. Images: {', '.join(sizes)}")
+    try:
+        data.drop_missing()
+        samples = [data[i] for i in range(min(8, len(data)))]
+        sheet([s["image"] for s in samples], [s["report"] for s in samples], 4, out)
+        print(f"{out}: images of the {data.split} split")
+    except UserError as error:
+        if not len(data):
+            raise
+        print(f"{error}. No sheet written")
+    texts, clean = zip(*map(data.text, range(0, len(data), -(-len(data) // 2000))))
+    words = np.percentile([len(text.split()) for text in texts], (5, 50, 95)).astype(int)
+    print(f"{len(texts):,} reports of {words[1]} words, 5-95%: {words[0]}-{words[2]}; "
+          f"{clean.count(False):,} of them not cleaned (--clean)")
+    labels = [label_report(text) for text in texts]
+    print(f"{'':28}positive uncertain negative")
+    for name in CLASSES:
+        values = [label.get(name) for label in labels]
+        print(f"{name:28}{values.count(1):8}{values.count(-1):10}{values.count(0):9}")
+    print(*(f"left out: {line}" for line in data.dropped.lines()), sep="\n", end="\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description="A first look at a data folder.")
-    parser.add_argument("source", nargs="?", default="phantom", metavar="DIR")
-    parser.add_argument("--out", default="sheet.png", help="where the sheet of images goes")
-    parser.add_argument("--clean", action="store_true", help="write DIR/cleaned.jsonl, which "
-                        "training reads: reports without what an image cannot show")
-    parser.add_argument("--answers", metavar="FILE", help="clean with a language model's answers, "
-                        '{"id", "report"} a line; each is checked, and the rest goes by the rules')
-    parser.add_argument("--export-prompts", metavar="FILE", help="write the reports as prompts for "
-                        "a language model; give its answers to --clean --answers")
+    add = parser.add_argument
+    add("source", nargs="?", default="phantom", metavar="DIR")
+    add("--out", default="sheet.png", help="where the sheet of images goes")
+    add("--clean", action="store_true", help="write DIR/cleaned.jsonl, which training reads: "
+        "reports without what an image cannot show")
+    add("--answers", metavar="FILE", help="clean with a language model's answers, "
+        '{"id", "report"} a line; each is checked, and the rest goes by the rules')
+    add("--export-prompts", metavar="FILE", help="write the reports as prompts for a language "
+        "model; give its answers to --clean --answers")
     args = parser.parse_args()
     plain_streams()
     try:
-        if not Path(args.out).absolute().parent.is_dir():
-            raise UserError(f"--out {args.out}: there is no such folder")
         if args.answers and not args.clean:
             raise UserError("--answers is for cleaning; add --clean")
         if args.clean:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data import (CHOICES, CLASSES, HEART, NIH, Finding, heart_ratio, heart_width,
-                  label_report, locate, paint, phantom, phantom_scene, sample_findings,
-                  sample_scene, write_report)
+from data import (CHOICES, CLASSES, HEART, NIH, Finding, heart_ratio, label_report, locate, paint,
+                  phantom, phantom_scene, sample_findings, sample_scene, write_report)
+from sample import heart_width
 
 WORDS = {  # how a reader recognises a class in a sentence
     "Enlarged Cardiomediastinum": "mediastinum|cardiomediastinal", "Cardiomegaly":

@@ -285,6 +285,7 @@ RULES = {  # every rule by its name, with what it does to one sentence
     "bad start": (", and left effusion.", "Left effusion."),
     "bad end": ("Left effusion and.", "Left effusion."),
     "nothing left": ("Stable cardiomediastinal silhouette.", ""),
+    "article": ("There is an unchanged nodule.", "There is a nodule."),
 }
 
 
