@@ -63,8 +63,7 @@ def atomic(path):
 def plain_streams():
     """Print what the console cannot encode as \\xe9, not as a traceback. Programs call it first."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+        stream.reconfigure(errors="backslashreplace")
 
 
 # ---------------------------------------------------------------- images
@@ -161,23 +160,16 @@ class Dropped(dict):
                 for reason, (count, example) in self.items()]
 
 
-def json_rows(lines):
-    for at, line in enumerate(lines, 1):
-        try:
-            yield {key: "" if v is None else str(v) for key, v in {**json.loads(line)}.items()}
-        except (ValueError, TypeError, RecursionError):
-            raise csv.Error(f"line {at} is no JSON object") from None
-
-
 def table(path, columns, dropped):
     """Yield the wanted columns of a .csv, .csv.gz or .jsonl file, a list a row: of "a|b" the first
     that it has; "a?" may be absent and is then "". UserError if it is unreadable or lacks one."""
-    keys, opener = [], gzip.open if path.suffix == ".gz" else open
+    at, keys, opener = 0, [], gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
             lines = (line.replace("\0", "") for line in file)
-            rows = json_rows(lines) if path.suffix == ".jsonl" else csv.DictReader(lines)
-            for row in rows:
+            rows = ({"caption": "", "split": "", "id": "", **json.loads(line)} for line in lines)
+            for at, row in enumerate(rows if path.suffix == ".jsonl" else csv.DictReader(
+                    lines, restval="\0"), 1):
                 known = {} if keys else {str(key).strip().lower(): key for key in row}
                 for column in () if keys else columns:
                     names = [name for name in column.rstrip("?").split("|") if name in known]
@@ -185,14 +177,15 @@ def table(path, columns, dropped):
                         raise UserError(f"{path} has no column '{column}', only "
                                         f"{', '.join(known)[:200]}; add it")
                     keys.append(known[names[0]] if names else column)
-                values = [row.get(key, "") for key in keys]
-                if None in values:
+                values = ["" if row.get(key) is None else str(row[key]) for key in keys]
+                if "\0" in values:
                     dropped.add(f"rows of {path.name} cut short, skipped", values[0])
                 else:  # without lone surrogates
                     yield [value.encode(errors="replace").decode() for value in values]
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise UserError(f"{path} cannot be read ({error}); fix it or copy it again") from None
-    if not keys:
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, zlib.error, csv.Error) as e:
+        raise UserError(f"{path} cannot be read (row {at + 1}: {e}); fix it or copy it again"
+                        ) from None
+    if not at:
         raise UserError(f"{path} has no rows; fill it or remove it")
 
 
@@ -229,21 +222,19 @@ def mimic_rows(root, dropped, splits, views):
 
 
 def iu_rows(root, dropped, reports, projections):
-    images = {}
-    for uid, name, view in table(projections[0], ("uid", "filename", "projection"), dropped):
-        if view == "Frontal":
-            images.setdefault(uid, []).append(name)
-        else:
-            yield "", Item(uid, name, ""), "images not frontal"
-    folders = "images/images_normalized", "images_normalized", "images"
+    texts, folders = {}, ("images/images_normalized", "images_normalized", "images")
     folder = next((f for f in folders if listing(root / f)), "images")
     for uid, *parts in table(reports[0], ("uid", "findings", "impression"), dropped):
-        text = join_sections(dict(zip(("FINDINGS", "IMPRESSION"), parts)))
-        why = "" if uid in images else "reports without a frontal image, or repeated"
-        for name in images.pop(uid, [""]):
-            yield hash_split(uid), Item(uid, f"{folder}/{name}", text), why
-    for uid, names in images.items():
-        yield from (("", Item(uid, name, ""), "images without a report") for name in names)
+        if uid in texts:
+            yield "", Item(uid, "", ""), "reports repeated"
+        texts.setdefault(uid, join_sections(dict(zip(("FINDINGS", "IMPRESSION"), parts))))
+    unused = set(texts)
+    for uid, name, view in table(projections[0], ("uid", "filename", "projection"), dropped):
+        why = "images not frontal" if view != "Frontal" else "" if uid in texts else (
+            "images without a report")
+        unused -= set() if why else {uid}
+        yield hash_split(uid), Item(uid, f"{folder}/{name}", texts.get(uid, "")), why
+    yield from (("", Item(uid, "", ""), "reports without a frontal image") for uid in unused)
 
 
 def nih_rows(root, dropped, entries):
@@ -287,23 +278,23 @@ LAYOUTS = {  # name: its rows(root, dropped, files of each pattern), and the pat
     "table of prompts": (listed_rows, "*.csv")}
 ENDLESS = 1 << 40
 SPLITS = {"tra": "train", "val": "val", "dev": "val", "tes": "test"}  # validate, testing, ...
-
-
-def tables_of(files, pattern):
-    """The files whose names fit, also with .gz, unless they are there unpacked. No backups
-    (prompts.csv.bak), no archives, no files of the system or an editor (._prompts.csv)."""
-    names = {f: Path(f.name.removesuffix(".gz")) for f in files if f.name[0] not in ".~#"}
-    return [f for f, name in names.items() if any(map(name.match, pattern.split("|")))
-            and (f.suffix != ".gz" or f.with_name(name.name) not in files)]
+LEAVES = re.compile(r"^/|^\w:|(^|/)\.\.(/|$)")  # a path that leaves its folder
+RAW = ("raw", "file")  # kinds of reports that can be cleaned
+say_once = lru_cache(None)(lambda text: print(text, file=sys.stderr))
 
 
 def find_layout(source, task):
     """-> name of the layout, its folder, and the files of each of its patterns. UserError."""
     root = Path(source)
     files = sorted(root / name for name in listing(root)) or [root] * os.path.isfile(root)
-    found = {name: [tables_of(files, pattern) for pattern in patterns]
-             for name, (_, *patterns) in LAYOUTS.items()}
-    found = {name: tables for name, tables in found.items() if all(tables)}
+    # Also packed, unless it is there unpacked; no backups (prompts.csv.bak), no archives, no files
+    # of the system or an editor (._prompts.csv).
+    names = {f: Path(f.name.removesuffix(".gz")) for f in files if f.name[0] not in ".~#"}
+    names = {f: name for f, name in names.items() if f.name == name.name or f.with_name(
+        name.name) not in files}
+    found = {layout: [[f for f, name in names.items() if any(map(name.match, pattern.split("|")))]
+                      for pattern in patterns] for layout, (_, *patterns) in LAYOUTS.items()}
+    found = {layout: tables for layout, tables in found.items() if all(tables)}
     if not found:
         wanted = "; ".join(f"{name} ({', '.join(pats)})" for name, (_, *pats) in LAYOUTS.items())
         problem = "holds no known layout" if os.path.exists(source) else "does not exist"
@@ -327,17 +318,17 @@ def read_data(source, size, task="report", raw=False):
     splits, unused = {"train": [], "val": [], "test": []}, set(cleaned)
     for name, item, why in LAYOUTS[layout][0](root, dropped, *tables):
         split = SPLITS.get(name.strip().lower()[:3])
-        if item.kind in ("raw", "file") and item.id in cleaned and not why:
+        if item.kind in RAW and item.id in cleaned and not why:
             unused.discard(item.id)
             item = item._replace(report=cleaned[item.id], kind="clean")
         why = why or (
             "rows of an unknown split" if not split else
             "rows without an image" if not item.path else
-            "paths out of the data folder" if re.search(r"^/|(^|/)\.\.(/|$)", item.path) else
+            "paths out of the data folder" if LEAVES.search(item.path) else
             "images listed before" if item.path in seen else
             "empty reports" if not item.report.strip() else "")
         if why:
-            dropped.add(f"{why}, skipped", f"{item.path} {name}")
+            dropped.add(f"{why}, skipped", f"{item.path or item.id} {name}")
         else:
             seen.add(item.path)
             splits[split].append(item)
@@ -352,16 +343,10 @@ def open_data(source, split, size, task="report"):
     Says on stderr if reports are not cleaned yet."""
     data = read_data(source, size, task)[split]
     data.drop_missing()
-    if raw := 0 if data.layout == "phantom" else sum(
-            item.kind in ("raw", "file") for item in data.items):
+    if raw := data.layout != "phantom" and sum(item.kind in RAW for item in data.items):
         say_once(f"{raw:,} of {len(data):,} reports of the {split} split are not cleaned; clean "
                  f"them before training: python data.py {data.root} --clean")
     return data
-
-
-@lru_cache(None)
-def say_once(text):
-    print(text, file=sys.stderr)
 
 
 # ---------------------------------------------------------------- batches
@@ -499,23 +484,26 @@ def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1)
 
 
 def load(dataset, chunks, workers, ahead):
-    """Yield the samples of each chunk of indices. The loader processes take turns, and each has
-    up to `ahead` chunks waiting. UserError if one is killed or gives nothing for PATIENCE seconds.
-    """
+    """Yield the samples of each chunk of indices. Loader processes take turns; each has up to
+    `ahead` chunks waiting. UserError if one is killed or gives nothing for PATIENCE seconds."""
     if not workers:
         yield from map(dataset.__getitems__, chunks)
         return
     crew, waiting, chunks = [], collections.deque(), iter(chunks)
-    ahead = min(ahead, 64)  # so that what waits fits into a pipe
+    ahead, masks = min(ahead, 64), hasattr(signal, "pthread_sigmask")  # 64 fit into a pipe
     try:
-        with signals_wait():
-            for _ in range(workers):
-                pipe, its_end = multiprocessing.Pipe()
-                process = multiprocessing.Process(target=work, args=(dataset, its_end, pipe))
-                process.daemon = True
-                process.start()
-                its_end.close()
-                crew.append((process, pipe))
+        if masks:  # these never reach a loader process: the program decides when it ends
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+        for _ in range(workers):
+            pipe, its_end = multiprocessing.Pipe()
+            process = multiprocessing.Process(target=work, args=(dataset, its_end, pipe))
+            process.daemon = True
+            process.start()
+            its_end.close()
+            crew.append((process, pipe))
+        if masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        atexit.register(kill_workers)
         turns = itertools.cycle(pipe for _, pipe in crew)
         for i in itertools.count():
             patience = PATIENCE if i >= workers else 4 * PATIENCE  # they have to import first
@@ -553,20 +541,6 @@ def work(dataset, pipe, other_end):
                 pipe.send(error)
 
 
-@contextlib.contextmanager
-def signals_wait():
-    """Ctrl-C and SIGTERM wait for the end of the block. Processes started in it never get them:
-    the program itself decides when they end."""
-    masks = hasattr(signal, "pthread_sigmask")  # not on Windows
-    mask = masks and signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        if masks:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@atexit.register
 def kill_workers():
     """Kill all processes that this one started through multiprocessing, also those that hang."""
     for process in multiprocessing.active_children():
@@ -578,7 +552,8 @@ def kill_workers():
 #
 # ---------------------------------------------------------------- phantoms: what can be found
 PHANTOMS = tomllib.loads((ASSETS / "phantoms.toml").read_text("utf-8"))
-CHOICES, ANATOMY, HEART = PHANTOMS["choices"], PHANTOMS["anatomy"], PHANTOMS["grades"]["Cardiomegaly"]
+CHOICES, ANATOMY, GRADE = PHANTOMS["choices"], PHANTOMS["anatomy"], PHANTOMS["grades"]
+HEART = GRADE["Cardiomegaly"]
 SIDES, GRADES = ("left", "right"), ("mild", "moderate", "severe")
 
 
@@ -787,7 +762,8 @@ class Chest:
             self.image += s["breasts"] * self.blob(side * .55, .88, .46, .3, 2)
         self.image += s["bubble"] * self.blob(.5, self.dome[1] + .17, .28, .1, 2)  # in the stomach
         shift = round((s["top"] - .1275) * self.size), round((s["middle"] - .5) * self.size)
-        self.vessels = s["vessels"] * np.roll(vessel_trees(self.size)[int(s["tree"])], shift, (0, 1))
+        tree = vessel_trees(self.size)[int(s["tree"])]
+        self.vessels = s["vessels"] * np.roll(tree, shift, (0, 1))
         rows, columns = (slice(int(s[roll] * self.size), int(s[roll] * self.size) + self.size)
                          for roll in ("roll_y", "roll_x"))
         self.grain, self.coarse, self.fine = (tile[rows, columns] for tile in noise(self.size))
@@ -811,7 +787,7 @@ class Chest:
         """Paint a finding; those of the heart and the mediastinum are in heart()."""
         s, x, y, soft, wide, high = self.s, self.x, self.y, self.soft, self.wide, self.high
         j, sign = s["jitter"][CLASSES.index(f.name)], 1 if f.side == "left" else -1
-        half, grade = x * sign > 0, PHANTOMS["grades"].get(f.name, {}).get(f.severity)
+        half, grade = x * sign > 0, GRADE.get(f.name, {}).get(f.severity)
         out, down = PHANTOMS["zones"].get(f.place, (0, 0))
         spot = sign * (out + .1 * j[0]), down + .08 * j[1]
         match f.name:
@@ -1133,7 +1109,7 @@ def raw_reports(source):
     """-> the path of cleaned.jsonl, {id: report as found}. UserError if there is none to clean."""
     splits = read_data(source, size=256, raw=True).values()
     reports = {item.id: d.raw(i) for d in splits if d.layout != "phantom"
-               for i, item in enumerate(d.items) if item.kind in ("raw", "file")}
+               for i, item in enumerate(d.items) if item.kind in RAW}
     if not reports:
         raise UserError(f"{source} has no written reports to clean")
     return next(iter(splits)).root / "cleaned.jsonl", reports
@@ -1175,24 +1151,21 @@ def save_image(image, path):
 
 def sheet(images, captions, columns, path):
     """Write a PNG of images, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
-    font, cells, gap = ImageFont.load_default(13), [], 8
-    for image, caption in zip(images, captions):
-        caption = caption.encode(errors="replace").decode()
-        image = Image.fromarray(np.asarray(image)).convert("RGB")
-        image = ImageOps.scale(image, max(1, round(192 / max(image.size))), Image.Resampling.NEAREST)
-        width = max(192, image.width)
-        letter = font.getlength(caption.replace("\n", " ") or " ") / max(1, len(caption))
-        lines = [textwrap.fill(line, int(.84 * width / letter)) for line in caption.split("\n")]
-        text = "\n".join(lines)
-        height = image.height + 17 * (text.count("\n") + 1) + 2 * gap
-        cells.append(Image.new("RGB", (width + gap, height), "white"))
-        cells[-1].paste(image)
-        ImageDraw.Draw(cells[-1]).multiline_text((0, image.height + 4), text, "black", font)
-    width, height = np.max([cell.size for cell in cells], 0).tolist()
-    rows, columns = -(-len(cells) // columns), min(columns, len(cells))
-    page = Image.new("RGB", (gap + width * columns, gap + height * rows), "white")
-    for i, cell in enumerate(cells):
-        page.paste(cell, (gap + width * (i % columns), gap + height * (i // columns)))
+    font, gap = ImageFont.load_default(13), 8
+    images = [Image.fromarray(np.asarray(image)).convert("RGB") for image in images]
+    images = [ImageOps.scale(image, max(1, round(192 / max(image.size))), Image.Resampling.NEAREST)
+              for image in images]
+    width = max(192, *(image.width for image in images))
+    texts = ["\n".join(textwrap.fill(line, width // 8) for line in caption.split("\n"))
+             for caption in captions]
+    height = max(i.height + 17 * (t.count("\n") + 1) for i, t in zip(images, texts)) + 2 * gap
+    size = (width + gap) * min(columns, len(images)), height * -(-len(images) // columns)
+    page = Image.new("RGB", (size[0] + gap, size[1] + gap), "white")
+    for i, (image, text) in enumerate(zip(images, texts)):
+        x, y = gap + (width + gap) * (i % columns), gap + height * (i // columns)
+        page.paste(image, (x, y))
+        text = text.encode(errors="replace").decode()
+        ImageDraw.Draw(page).multiline_text((x, y + image.height + 4), text, "black", font)
     save_image(np.asarray(page), path)
 
 
@@ -1204,23 +1177,24 @@ def first_look(source, out):
     print(f"{source}: {data.layout}. Images: {', '.join(sizes)}")
     try:
         data.drop_missing()
-        samples = [data[i] for i in range(min(8, len(data)))]
-        sheet([s["image"] for s in samples], [s["report"] for s in samples], 4, out)
-        print(f"{out}: images of the {data.split} split")
     except UserError as error:
         if not len(data):
             raise
         print(f"{error}. No sheet written")
+    else:
+        samples = [data[i] for i in range(min(8, len(data)))]
+        sheet([s["image"] for s in samples], [s["report"] for s in samples], 4, out)
+        print(f"{out}: images of the {data.split} split")
     texts, clean = zip(*map(data.text, range(0, len(data), -(-len(data) // 2000))))
-    words = np.percentile([len(text.split()) for text in texts], (5, 50, 95)).astype(int)
-    print(f"{len(texts):,} reports of {words[1]} words, 5-95%: {words[0]}-{words[2]}; "
-          f"{clean.count(False):,} of them not cleaned (--clean)")
+    print(f"{len(texts):,} reports of {np.median([len(text.split()) for text in texts]):.0f} "
+          f"words; {clean.count(False):,} of them not cleaned (--clean)")
     labels = [label_report(text) for text in texts]
     print(f"{'':28}positive uncertain negative")
     for name in CLASSES:
         values = [label.get(name) for label in labels]
         print(f"{name:28}{values.count(1):8}{values.count(-1):10}{values.count(0):9}")
-    print(*(f"left out: {line}" for line in data.dropped.lines()), sep="\n", end="\n")
+    for line in data.dropped.lines():
+        print(f"left out: {line}")
 
 
 def main():
