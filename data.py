@@ -130,7 +130,7 @@ def decode(file, at_least):
             x = np.nan_to_num((x - low) * (255 / max(high - low, 1e-30)))
             return x.round().astype(np.uint8)
         if deep:
-            raise ValueError(f"its depth, 16 bits a channel of {image.mode}, is not known")
+            raise ValueError(f"16 bits a channel of {image.mode}; save it with 8, or as grey")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -167,16 +167,13 @@ def table(path, columns, dropped):
     try:
         with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
             lines = (line.replace("\0", "") for line in file)
-            rows = ({"caption": "", "split": "", "id": "", **json.loads(line)} for line in lines)
-            for at, row in enumerate(rows if path.suffix == ".jsonl" else csv.DictReader(
-                    lines, restval="\0"), 1):
-                known = {} if keys else {str(key).strip().lower(): key for key in row}
-                for column in () if keys else columns:
-                    names = [name for name in column.rstrip("?").split("|") if name in known]
-                    if not names and column[-1] != "?":
-                        raise UserError(f"{path} has no column '{column}', only "
-                                        f"{', '.join(known)[:200]}; add it")
-                    keys.append(known[names[0]] if names else column)
+            if path.suffix == ".jsonl":
+                empty = {"caption": "", "split": "", "id": ""}  # often in some lines only
+                rows = ({**empty, **json.loads(line)} for line in lines if line.strip())
+            else:
+                rows = csv.DictReader(lines, restval="\0")
+            for at, row in enumerate(rows, 1):
+                keys = keys or find_columns(path, columns, row)
                 values = ["" if row.get(key) is None else str(row[key]) for key in keys]
                 if "\0" in values:
                     dropped.add(f"rows of {path.name} cut short, skipped", values[0])
@@ -187,6 +184,17 @@ def table(path, columns, dropped):
                         ) from None
     if not at:
         raise UserError(f"{path} has no rows; fill it or remove it")
+
+
+def find_columns(path, columns, names):
+    known, keys = {str(name).strip().lower(): name for name in names}, []
+    for column in columns:
+        found = [name for name in column.rstrip("?").split("|") if name in known]
+        if not found and column[-1] != "?":
+            raise UserError(f"{path} has no column '{column}', only {', '.join(known)[:200]}; "
+                            "add it")
+        keys.append(known[found[0]] if found else column)
+    return keys
 
 
 def hash_split(key, test=None):
@@ -234,7 +242,8 @@ def iu_rows(root, dropped, reports, projections):
             "images without a report")
         unused -= set() if why else {uid}
         yield hash_split(uid), Item(uid, f"{folder}/{name}", texts.get(uid, "")), why
-    yield from (("", Item(uid, "", ""), "reports without a frontal image") for uid in unused)
+    for uid in sorted(unused):
+        yield "", Item(uid, "", ""), "reports without a frontal image"
 
 
 def nih_rows(root, dropped, entries):
@@ -287,13 +296,14 @@ def find_layout(source, task):
     """-> name of the layout, its folder, and the files of each of its patterns. UserError."""
     root = Path(source)
     files = sorted(root / name for name in listing(root)) or [root] * os.path.isfile(root)
-    # Also packed, unless it is there unpacked; no backups (prompts.csv.bak), no archives, no files
-    # of the system or an editor (._prompts.csv).
-    names = {f: Path(f.name.removesuffix(".gz")) for f in files if f.name[0] not in ".~#"}
-    names = {f: name for f, name in names.items() if f.name == name.name or f.with_name(
-        name.name) not in files}
-    found = {layout: [[f for f, name in names.items() if any(map(name.match, pattern.split("|")))]
-                      for pattern in patterns] for layout, (_, *patterns) in LAYOUTS.items()}
+
+    def fits(f, pattern):  # no backups (prompts.csv.bak), no files of an editor (._prompts.csv)
+        name = f.name.removesuffix(".gz")  # packed, unless it is there unpacked
+        return (name[0] not in ".~#" and any(map(Path(name).match, pattern.split("|")))
+                and (name == f.name or f.with_name(name) not in files))
+
+    found = {layout: [[f for f in files if fits(f, pattern)] for pattern in patterns]
+             for layout, (_, *patterns) in LAYOUTS.items()}
     found = {layout: tables for layout, tables in found.items() if all(tables)}
     if not found:
         wanted = "; ".join(f"{name} ({', '.join(pats)})" for name, (_, *pats) in LAYOUTS.items())
@@ -387,16 +397,16 @@ class Dataset:
             raise UserError(f"{self.root} ({self.layout}) has no {self.split} split: {why}")
         if self.layout == "phantom":
             return
-        names = lru_cache(None)(lambda folder: listing(os.path.join(self.root, folder)))
-        where = (item.path.rpartition("/") for item in self.items)
-        there = [name in names(folder) for folder, _, name in where]
-        missing = [item.path for item, found in zip(self.items, there) if not found]
+        names = lru_cache(None)(lambda folder: listing(self.root / folder))
+        there = {item for item in self.items
+                 if os.path.basename(item.path) in names(os.path.dirname(item.path))}
+        missing = [item.path for item in self.items if item not in there]
         if len(missing) > .05 * len(self):
             raise UserError(f"{len(missing):,} of {len(self):,} images of the {self.split} split "
                             f"are missing; the first is expected at {self.root / missing[0]}")
         for path in missing:
             self.dropped.add("images missing, skipped", path)
-        self.items = [item for item, found in zip(self.items, there) if found]
+        self.items = [item for item in self.items if item in there]
 
     def raw(self, i):
         """The i-th report as it was found: "" if its file is missing."""
@@ -573,12 +583,8 @@ class Finding(NamedTuple):
 NIH = {label: Finding(**fields) for label, fields in PHANTOMS["nih"].items()}
 
 
-class Phantom(NamedTuple):
-    """A phantom and all that is known of it."""
-    image: np.ndarray   # uint8 (size, size)
-    findings: tuple
-    report: str
-    heart_ratio: float  # width of the heart over the inner width of the chest
+# heart_ratio: the width of the heart over the inner width of the chest
+Phantom = collections.namedtuple("Phantom", "image findings report heart_ratio")
 
 
 def phantom(split, index, size):
@@ -865,11 +871,8 @@ def sentence(f, phrase, frame):
 
 def write_report(findings, rng):
     """"FINDINGS: ... IMPRESSION: ...": all the findings, and some denials of what is not there.
-
-    What is there comes first, in the order of CLASSES, and denials have an order too: a reader that
-    writes the likeliest next word would else always begin with a denial. rng: a numpy Generator.
-    About 10 to 55 words.
-    """
+    What is there comes first, in the order of CLASSES: a reader that writes the likeliest next word
+    would else always begin with a denial. rng: a numpy Generator. About 10 to 55 words."""
     def pick(options):
         return options[rng.integers(len(options))]
 
@@ -901,8 +904,7 @@ TABLES = {  # of PHRASES: how its phrases are compiled, and its keys
     "mentions": (WORDS, CLASSES[1:]), "normals": (WORDS, CLASSES), "sides": (WORDS, SIDES),
     "severity": (WORDS, GRADES), "cues": (WORDS, ("negation", "uncertainty", "no_cue", "report")),
     "behind": ("{REACH}" + WORDS, ("negation", "uncertainty")), "rules": ("(?i:{})", None),
-    "patterns": ("{}", ("new_clause", "joint", "removed", "title", "item", "sentence_end",
-                        "header")),
+    "patterns": ("{}", "new_clause joint removed title item sentence_end header".split()),
     "headers": ("(?i:{})$", ("FINDINGS", "IMPRESSION", "BODY", "SKIP")),
     "other_headers": (WORDS, ("earlier", "organs", "image")), "prompts": ("", ("clean", "judge")),
     "spelling": ("", ("FINDINGS", "IMPRESSION", "SKIP"))}
@@ -967,8 +969,9 @@ def read_sentence(sentence):
     def sides(phrase):
         return frozenset(side for side, pattern in known["sides"].items() if pattern.search(phrase))
 
-    sentence, found = known["cues"]["no_cue"].sub(" ", sentence), []
-    cuts = [0, *(m.start() for m in new_clause.finditer(sentence)), len(sentence)]
+    sentence = re.sub(r"\s[-–—*]+\s", " ; ", sentence.replace(":", " : "))
+    sentence = known["cues"]["no_cue"].sub(" ", re.sub(r"[-_\s\0]+", " ", sentence))
+    cuts, found = [0, *(m.start() for m in new_clause.finditer(sentence)), len(sentence)], []
     for clause in (sentence[a:b] for a, b in zip(cuts, cuts[1:])):
         found += [(c, 0, frozenset(), "") for c, p in known["normals"].items() if p.search(clause)]
         mentions = [(c, m) for c, p in known["mentions"].items() for m in p.finditer(clause)]
@@ -991,18 +994,15 @@ def read_sentence(sentence):
 def find_mentions(text):
     """Yield (class, 1 | 0 | -1, sides, severity) of every mention in a report."""
     for sentence in split_sentences("\n\n".join(split_sections(text).values()).lower()):
-        sentence = re.sub(r"\s[-–—*]+\s", " ; ", sentence.replace(":", " : "))
-        yield from read_sentence(re.sub(r"[-_\s\0]+", " ", sentence))
+        yield from read_sentence(sentence)
 
 
 def label_report(text):
     """Report -> {class: 1 positive | 0 negative | -1 uncertain}; classes not mentioned are absent.
-
-    In the spirit of the CheXpert labeler (Irvin et al. 2019): a cue of negation or uncertainty in
-    its clause changes a phrase; over a report positive wins, then uncertain. "No Finding" is 1 when
-    no class but Support Devices is positive or uncertain, and the text reads like a report. Unlike
-    CheXpert, "infiltrate" and "airspace disease" count as Consolidation too (ours).
-    """
+    As the CheXpert labeler does (Irvin et al. 2019), a cue of negation or uncertainty in its clause
+    changes a mention; over a report positive wins, then uncertain. "No Finding" is 1 when no class
+    but Support Devices is positive or uncertain, and the text reads like a report. Unlike CheXpert,
+    "infiltrate" and "airspace disease" count as Consolidation too (ours)."""
     labels = {}
     for c, value, _, _ in find_mentions(text):
         labels[c] = max(labels.get(c, 0), value, key=(0, -1, 1).index)
@@ -1156,7 +1156,7 @@ def sheet(images, captions, columns, path):
     images = [ImageOps.scale(image, max(1, round(192 / max(image.size))), Image.Resampling.NEAREST)
               for image in images]
     width = max(192, *(image.width for image in images))
-    texts = ["\n".join(textwrap.fill(line, width // 8) for line in caption.split("\n"))
+    texts = ["\n".join(textwrap.fill(line, width // 7) for line in caption.split("\n"))
              for caption in captions]
     height = max(i.height + 17 * (t.count("\n") + 1) for i, t in zip(images, texts)) + 2 * gap
     size = (width + gap) * min(columns, len(images)), height * -(-len(images) // columns)
@@ -1172,12 +1172,19 @@ def sheet(images, captions, columns, path):
 def first_look(source, out):
     """Print what a data folder holds and what was left out; write a sheet of eight images."""
     splits = read_data(source, size=256)
-    data = next((d for d in splits.values() if len(d)), splits["train"])
     sizes = (f"{k} {f'{len(d):,}' if len(d) < ENDLESS else 'endless'}" for k, d in splits.items())
+    data = next((d for d in splits.values() if len(d)), splits["train"])
     print(f"{source}: {data.layout}. Images: {', '.join(sizes)}")
+    texts = [data.text(i) for i in range(0, len(data), -(-len(data) // 2000) or 1)]
+    labels = [label_report(text) for text, _ in texts]
+    print(f"{len(texts):,} reports, {sum(not clean for _, clean in texts):,} of them not cleaned "
+          f"(--clean)\n{'':28}positive uncertain negative")
+    for name in CLASSES:
+        values = [label.get(name) for label in labels]
+        print(f"{name:28}{values.count(1):8}{values.count(-1):10}{values.count(0):9}")
     try:
         data.drop_missing()
-    except UserError as error:
+    except UserError as error:  # reports without images are worth a look too
         if not len(data):
             raise
         print(f"{error}. No sheet written")
@@ -1185,20 +1192,12 @@ def first_look(source, out):
         samples = [data[i] for i in range(min(8, len(data)))]
         sheet([s["image"] for s in samples], [s["report"] for s in samples], 4, out)
         print(f"{out}: images of the {data.split} split")
-    texts, clean = zip(*map(data.text, range(0, len(data), -(-len(data) // 2000))))
-    print(f"{len(texts):,} reports of {np.median([len(text.split()) for text in texts]):.0f} "
-          f"words; {clean.count(False):,} of them not cleaned (--clean)")
-    labels = [label_report(text) for text in texts]
-    print(f"{'':28}positive uncertain negative")
-    for name in CLASSES:
-        values = [label.get(name) for label in labels]
-        print(f"{name:28}{values.count(1):8}{values.count(-1):10}{values.count(0):9}")
     for line in data.dropped.lines():
         print(f"left out: {line}")
 
 
 def main():
-    parser = argparse.ArgumentParser(description="A first look at a data folder.")
+    parser = argparse.ArgumentParser(description="A first look at a data folder, or its cleaning.")
     add = parser.add_argument
     add("source", nargs="?", default="phantom", metavar="DIR")
     add("--out", default="sheet.png", help="where the sheet of images goes")
@@ -1215,10 +1214,10 @@ def main():
             raise UserError("--answers is for cleaning; add --clean")
         if args.clean:
             clean_folder(args.source, args.answers)
-        first_look(args.source, args.out)
         if args.export_prompts:
             export_prompts(args.source, args.export_prompts)
-    except UserError as error:
+        first_look(args.source, args.out)
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

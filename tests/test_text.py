@@ -359,10 +359,10 @@ def test_broken_text_and_other_languages():
 @pytest.mark.parametrize("word", ["effusion ", "no effusion. ", "small effusion, ", "\n ", "XXXX ",
                                   "FINDINGS: ", "CHEST ", "compared to the prior ", "a", "Dr. X "])
 def test_time_is_linear_in_20_000_words(word):
-    start = time.perf_counter()
+    start = time.process_time()
     label_report(word * 20_000)
     clean_report(word * 20_000)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_what_is_left_of_a_sentence_reads_well():
