@@ -1,6 +1,7 @@
 """The course tests itself: blank is red, right answers pass, each wrong one breaks a named rule."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +10,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent / "exercises"))
 
 import course  # noqa: E402
+import grade  # noqa: E402
+import handout  # noqa: E402
+import labs  # noqa: E402
 
 CLEAN = course.clean_sources()
 ALL = course.exercises()
@@ -65,3 +69,115 @@ def test_a_wrong_answer_breaks_a_named_rule(n, name):
     why = judge(n, ALL[n].WRONG[name])
     assert why, f"exercise {n} accepts the wrong answer: {name}"
     assert not NO_RULE.search(why) and len(why.split()) >= 6, why
+
+
+# ---------------------------------------------------------------- labs, handout, grades
+
+
+def test_questions_of_the_labs_are_answered_by_running_them():
+    lib = course.load(CLEAN, data=DATA)
+    for lab, module in labs.LABS.items():
+        assert len(module.QUESTIONS) == 2
+        for question in module.QUESTIONS:
+            measured = question["run"](lib)
+            assert labs.same(measured, measured) and not labs.same(measured * 1.02 + 1, measured)
+            assert len(question["why"].split()) > 10
+        assert labs.text(lab).count("predict.py") == 2
+
+
+@pytest.fixture(scope="module")
+def only_9(tmp_path_factory):
+    out = tmp_path_factory.mktemp("course") / "out"
+    handout.make(out, only={9})
+    return out
+
+
+def test_a_handout_is_blank_where_it_should_be_and_hides_the_answers(only_9):
+    assert 'raise NotImplementedError("exercise 9: Eq. 3-5, about ' in (
+        only_9 / "joint_attn.py").read_text()
+    for name in set(course.FILES) - {"joint_attn"}:
+        assert (only_9 / f"{name}.py").read_text() == CLEAN[name]
+    for n in ALL:
+        text = (only_9 / "tests" / "exercises" / f"e{n:02d}.py").read_text()
+        assert not re.search(r"^(RIGHT|WRONG|PLAIN)\b", text, re.M)
+        assert "def check_" in text and "TEXT = " in text
+    sheet = (only_9 / "EXERCISES.md").read_text()
+    for n, m in ALL.items():
+        assert f"### Exercise {n}. {m.TITLE}" in sheet and f"test_exercise_{n:02d}.py" in sheet
+    assert sheet.count("<details>") == 3 * len(ALL)
+
+
+def test_pytest_in_a_handout_is_red_for_the_blank_functions_alone(only_9):
+    done = subprocess.run([sys.executable, "-m", "pytest", "tests/test_exercise_01.py",
+                           "tests/test_exercise_09.py"], cwd=only_9, capture_output=True, text=True)
+    assert done.returncode == 1
+    rest = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]
+    assert len(rest) == len(course.checks(ALL[9]))
+    assert all("exercise_09" in line and "NotImpl" in line for line in rest)
+
+
+HOSTILE = {     # target: (an answer, what the grade says of its exercise; "" where it passes)
+    "diffusion.path": ("def path(x0, eps, t):\n    while True:\n        pass", "longer than"),
+    "diffusion.sample_time": ("def sample_time(b, generator=None, shift=1.0):\n    exit(0)", "exit"),
+    "diffusion.guide": ("def guide(cond, uncond, scale, renorm='global', least=0.0):\n    return (",
+                        "syntax error"),
+    "diffusion.position_ids": (ALL[5].RIGHT["diffusion.position_ids"].replace(
+        "    n =", "    print('passed')\n    n ="), ""),
+    "joint_attn.rope": ("def rope(ids, dim):\n    t = torch\n    t.isfinite = lambda *a: t.ones(1)\n"
+                        "    return t.ones(1), t.ones(1)", "changes isfinite"),
+    "joint_attn.Expert.qkv": ("def qkv(self, x, cos_sin):\n    import os\n    os._exit(0)",
+                              "imports os"),
+    "joint_attn.Layer.read": ("def read(self, x, cos_sin, n_image):\n    return open('/x')",
+                              "uses open"),
+    "joint_attn.Layer.denoise": (ALL[9].RIGHT["joint_attn.Layer.denoise"], ""),
+    "joint_attn.Context.mask": ("def mask(self, extra):\n    torch.Tensor.all = None",
+                                "changes torch.Tensor.all"),
+}
+
+
+def test_a_hostile_handin_costs_only_its_own_exercises(tmp_path, monkeypatch):
+    """Loops, exits, prints, syntax errors, changed tests, and attempts at the checks themselves."""
+    monkeypatch.setattr(grade, "SECONDS", 3)
+    syntax, sources = "diffusion.guide", dict(CLEAN)
+    for target in [*(t for t in HOSTILE if t != syntax), syntax]:   # that file cannot be parsed then
+        file, name = course.split_target(target)
+        sources[file] = course.replace(sources[file], name, HOSTILE[target][0])
+    for name, text in sources.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    (tmp_path / "tests" / "exercises").mkdir(parents=True)
+    for name in ("course", "oracles", "e07", "judge"):
+        (tmp_path / "tests" / "exercises" / f"{name}.py").write_text("raise SystemExit(0)")
+    about = {n: HOSTILE[t][1] for n, m in ALL.items() for t in m.TARGETS if t in HOSTILE}
+    found = {f["exercise"]: f for f in grade.grade(tmp_path, only=set(about) | {3})}
+    assert found[3] == {"exercise": 3, "passed": True, "why": ""}
+    for n, said in about.items():
+        assert found[n]["passed"] == (not said) and said in found[n]["why"], (n, found[n])
+
+
+@pytest.mark.parametrize("body, said", [
+    ("import subprocess", "imports subprocess"), ("from os import path", "imports os"),
+    ("__import__('os')", "uses __import__"), ("torch.os._exit(0)", "uses .os"),
+    ("torch.allclose = 1", "changes torch.allclose"), ("x.__class__.__eq__ = 1", "uses .__eq__"),
+    ("F.silu, y = 1, 2", "changes F.silu"), ("global x0", "global"), ("eval('1')", "uses eval"),
+    ("class T(torch.Tensor): pass", "class"), ("return (yield", "syntax error"),
+    ("x0.grad = None", ""), ("import numpy as np\n    return np.zeros(3)", "")])
+def test_what_a_judged_function_may_not_use(body, said):
+    source = CLEAN["diffusion"].replace("def target(x0", f"def path(x0, x):\n    {body}\n\n\n"
+                                        "def target(x0", 1)
+    if not said:
+        assert body in course.student_function(source, "path")
+        return
+    with pytest.raises(course.Refused, match=re.escape(said)):
+        course.student_function(source, "path")
+
+
+@pytest.mark.parametrize("write, said", [
+    (lambda p: None, "missing"), (lambda p: p.mkdir(), "missing"),
+    (lambda p: p.write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+    (lambda p: p.write_text("x = 1\n"), "no function path"),
+    (lambda p: p.write_text("x" * 2_000_000), "larger"),
+    (lambda p: p.write_text("def path(x):\n  return " + "(" * 5000), "path")])
+def test_a_file_that_cannot_be_used_is_one_line(tmp_path, write, said):
+    write(tmp_path / "diffusion.py")
+    found = grade.grade_one(tmp_path, 1, ALL[1], CLEAN, 0)
+    assert not found["passed"] and said in found["why"] and "\n" not in found["why"]

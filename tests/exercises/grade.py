@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import course  # noqa: E402
 
-SECONDS = 40        # of wall clock for one exercise, imports included; judge.py limits the processor
+SECONDS = 20        # of processor time for one exercise, after the imports
+WALL = 120          # seconds of wall clock for one exercise, in which other programs may run
 MEMORY = 3 << 30    # bytes that an answer may use beyond what torch takes
 SEED = 20_260       # the public tests have other seeds
 
@@ -36,7 +37,7 @@ def start(job: dict):
                                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                stderr=subprocess.DEVNULL, start_new_session=True)
     try:
-        out, _ = process.communicate(json.dumps(job).encode(), timeout=SECONDS)
+        out, _ = process.communicate(json.dumps(job).encode(), timeout=WALL)
         return out, process.returncode in (-getattr(signal, "SIGXCPU", 0), -9)
     except subprocess.TimeoutExpired:
         if hasattr(os, "killpg"):
@@ -57,8 +58,8 @@ def grade_one(folder: Path, n: int, module, clean: dict, seed: int) -> dict:
         return {"exercise": n, "passed": False, "why": str(e)}
     nonce = secrets.token_hex(16)
     out, late = start({"exercise": n, "sources": sources, "seed": seed, "nonce": nonce,
-                       "memory": MEMORY})
-    why = f"it ran longer than the limit ({SECONDS} s); does a loop end?" if late else (
+                       "seconds": SECONDS, "memory": MEMORY})
+    why = f"it ran longer than the limit ({SECONDS} s of the processor); does a loop end?" if late else (
         "it ended the process: exit(), or too much memory")
     try:
         said = json.loads(out)

@@ -1,7 +1,7 @@
 """Judges one answer in a process of its own; grade.py starts it. Not for use by hand.
 
-It reads a job from stdin, {"exercise", "sources", "seed", "nonce", "memory"}, works in a temporary
-folder, and writes the verdict to what was its stdout. What the answer prints goes nowhere. The
+It reads a job from stdin, {"exercise", "sources", "seed", "nonce", "seconds", "memory"}, works in a
+temporary folder, and writes the verdict to what was its stdout. What the answer prints goes nowhere. The
 parent believes only a verdict that carries the nonce.
 """
 
@@ -13,17 +13,15 @@ import sys
 import tempfile
 import types
 
-CPU_SECONDS = 20        # of one exercise, after the imports
 
-
-def limit(memory: int):
+def limit(seconds: int, memory: int):
     """Limits of this process: processor time, more memory, size of files. Not on Windows."""
     try:
         import resource
     except ImportError:
         return
     used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = math.ceil(used.ru_utime + used.ru_stime) + CPU_SECONDS
+    seconds = math.ceil(used.ru_utime + used.ru_stime) + seconds
     pages = 0
     if os.path.exists("/proc/self/statm"):
         with open("/proc/self/statm") as f:
@@ -73,7 +71,7 @@ def main():
     nonce = job.pop("nonce")
     import torch                # its import counts in no limit
     torch.manual_seed(0)
-    limit(job["memory"])
+    limit(job["seconds"], job["memory"])
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         try:
