@@ -179,5 +179,5 @@ def test_what_a_judged_function_may_not_use(body, said):
     (lambda p: p.write_text("def path(x):\n  return " + "(" * 5000), "path")])
 def test_a_file_that_cannot_be_used_is_one_line(tmp_path, write, said):
     write(tmp_path / "diffusion.py")
-    found = grade.grade_one(tmp_path, 1, ALL[1], CLEAN, 0)
+    found = grade.grade_one(tmp_path, 1, ALL[1], CLEAN, 0, grade.Judge())
     assert not found["passed"] and said in found["why"] and "\n" not in found["why"]

@@ -280,33 +280,47 @@ def student_answer(folder: Path, module) -> dict[str, str]:
 _compiled = {}
 
 
-def load(sources: dict[str, str], keep: bool = False, data=None) -> types.SimpleNamespace:
-    """Imports seven sources as fresh modules, for nobody else to see -> `lib`. With `keep`, later
-    imports find them too (in a process that judges one answer). `data`: that module, where it need
-    not be fresh; half of the time goes there."""
-    before, lib = {name: sys.modules.get(name) for name in FILES}, types.SimpleNamespace()
-    try:
-        for name in FILES:
-            source, at = sources[name], f"{ROOT}/{name}.py"
-            if name == "data" and data:
-                sys.modules[name] = lib.data = data
-                continue
-            if (name, source) not in _compiled:
-                _compiled[name, source] = compile(source, at, "exec")
-            module = types.ModuleType(name)
-            module.__file__ = at
-            sys.modules[name] = module
-            exec(_compiled[name, source], vars(module))
-            linecache.cache[at] = len(source), None, source.splitlines(True), at
-            setattr(lib, name, module)
-    finally:
-        for name, module in before.items():
-            if keep and hasattr(lib, name):
-                continue
-            if module is None:
-                sys.modules.pop(name, None)
-            else:
-                sys.modules[name] = module
+class Lib:
+    """The seven files as fresh modules, for nobody else to see: lib.diffusion, lib.unix, ... A
+    module is imported when it is first asked for, with those before it in FILES."""
+
+    def __init__(self, sources: dict[str, str], data=None):
+        self.__dict__.update({"_sources": sources}, **({"data": data} if data else {}))
+
+    def __getattr__(self, name: str):
+        if name not in FILES:
+            raise AttributeError(name)
+        before = {other: sys.modules.get(other) for other in FILES}
+        try:
+            for file in FILES[:FILES.index(name) + 1]:
+                if file in vars(self):
+                    sys.modules[file] = vars(self)[file]
+                else:
+                    setattr(self, file, self._import(file))
+        finally:
+            for other, module in before.items():
+                if module is None:
+                    sys.modules.pop(other, None)
+                else:
+                    sys.modules[other] = module
+        return vars(self)[name]
+
+    def _import(self, name: str) -> types.ModuleType:
+        source, at, module = self._sources[name], f"{ROOT}/{name}.py", types.ModuleType(name)
+        if (name, source) not in _compiled:
+            _compiled[name, source] = compile(source, at, "exec")
+        module.__file__, sys.modules[name] = at, module
+        exec(_compiled[name, source], vars(module))
+        linecache.cache[at] = len(source), None, source.splitlines(True), at
+        return module
+
+
+def load(sources: dict[str, str], keep: bool = False, data=None) -> Lib:
+    """A `lib` of seven sources. With `keep`, all are imported now, and later imports find them too
+    (in a process that judges one answer). `data`: that module, where it need not be fresh."""
+    lib = Lib(sources, data)
+    if keep:
+        sys.modules.update({name: getattr(lib, name) for name in reversed(FILES)})
     return lib
 
 
@@ -319,7 +333,7 @@ def install(lib, functions: dict):
             setattr(getattr(getattr(lib, file), classes[0]), function, new)
             continue
         old = getattr(getattr(lib, file), function)
-        for module in vars(lib).values():
+        for module in [vars(lib)[name] for name in FILES if name in vars(lib)]:
             for key, value in list(vars(module).items()):
                 if value is old:
                     setattr(module, key, new)

@@ -12,10 +12,12 @@ files or tests have no effect. Each runs in its own process, with limits of time
 import argparse
 import json
 import os
+import queue
 import secrets
 import signal
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,27 +29,48 @@ SECONDS = 20        # of processor time for one exercise, after the imports
 WALL = 120          # seconds of wall clock for one exercise, in which other programs may run
 MEMORY = 3 << 30    # bytes that an answer may use beyond what torch takes
 SEED = 20_260       # the public tests have other seeds
+SIGXCPU, SIGKILL = getattr(signal, "SIGXCPU", -1), getattr(signal, "SIGKILL", -1)
 
 
-def start(job: dict):
-    """Runs judge.py on a job -> (its output, whether it ran too long)."""
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "OMP_"))}
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    process = subprocess.Popen([sys.executable, str(course.HERE / "judge.py")], env=env,
-                               stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        out, _ = process.communicate(json.dumps(job).encode(), timeout=WALL)
-        return out, process.returncode in (-getattr(signal, "SIGXCPU", 0), -9)
-    except subprocess.TimeoutExpired:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
-        process.communicate()
-        return b"", True
+class Judge:
+    """A process with judge.py, which is started anew when it has ended."""
+
+    def __init__(self):
+        self.process = None
+
+    def ask(self, job: dict) -> tuple[dict, bool]:
+        """The verdict of a job, {} if there is none, and whether it ran too long."""
+        if self.process is None:
+            env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "OMP_"))}
+            self.process = subprocess.Popen(
+                [sys.executable, str(course.HERE / "judge.py")], stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
+                env=env | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"})
+        late = threading.Event()
+        timer = threading.Timer(WALL, lambda: (late.set(), self.stop()))
+        timer.start()
+        try:
+            self.process.stdin.write(json.dumps(job).encode() + b"\n")
+            self.process.stdin.flush()
+            said = json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            said = {}
+        timer.cancel()
+        if not said or sys.platform != "linux":
+            self.stop()
+            self.process = None
+        return said, late.is_set() or said.get("signal") in (SIGXCPU, SIGKILL)
+
+    def stop(self):
+        """Ends the process and its children."""
+        if self.process:
+            if hasattr(os, "killpg") and self.process.poll() is None:
+                os.killpg(self.process.pid, SIGKILL)
+            self.process.kill()
+            self.process.wait()
 
 
-def grade_one(folder: Path, n: int, module, clean: dict, seed: int) -> dict:
+def grade_one(folder: Path, n: int, module, clean: dict, seed: int, judge: Judge) -> dict:
     """One exercise of one hand-in -> {"exercise", "passed", "why"}."""
     try:
         answer = course.student_answer(folder, module)
@@ -57,15 +80,13 @@ def grade_one(folder: Path, n: int, module, clean: dict, seed: int) -> dict:
     except course.Refused as e:
         return {"exercise": n, "passed": False, "why": str(e)}
     nonce = secrets.token_hex(16)
-    out, late = start({"exercise": n, "sources": sources, "seed": seed, "nonce": nonce,
-                       "seconds": SECONDS, "memory": MEMORY})
-    why = f"it ran longer than the limit ({SECONDS} s of the processor); does a loop end?" if late else (
-        "it ended the process: exit(), or too much memory")
-    try:
-        said = json.loads(out)
-        why = said["why"] if secrets.compare_digest(said["nonce"], nonce) else why
-    except (ValueError, KeyError, TypeError):
-        pass
+    said, late = judge.ask({"exercise": n, "sources": sources, "seed": seed, "nonce": nonce,
+                            "seconds": SECONDS, "memory": MEMORY})
+    why = "it ended the process, by exit() or by too much memory"
+    if late:
+        why = f"it ran longer than the limit ({SECONDS} s of the processor): does a loop not end?"
+    if said.get("nonce") == nonce:
+        why = said["why"]
     return {"exercise": n, "passed": not why, "why": why}
 
 
@@ -74,12 +95,26 @@ def blank(text: str) -> bool:
     return 'raise NotImplementedError("exercise ' in text
 
 
-def grade(folder: Path, seed: int = SEED, only=None, jobs: int | None = None) -> list[dict]:
+def grade(folder: Path, seed: int = SEED, only=None, judges: list | None = None) -> list[dict]:
     """All exercises of one hand-in, in order."""
     clean = course.clean_sources()
     todo = {n: m for n, m in course.exercises().items() if not only or n in only}
-    with ThreadPoolExecutor(jobs or os.cpu_count() or 1) as pool:
-        return list(pool.map(lambda item: grade_one(folder, *item, clean, seed), todo.items()))
+    free = queue.Queue()
+    for judge in judges or [Judge() for _ in range(os.cpu_count() or 1)]:
+        free.put(judge)
+
+    def one(item):
+        judge = free.get()
+        try:
+            return grade_one(folder, *item, clean, seed, judge)
+        finally:
+            free.put(judge)
+    with ThreadPoolExecutor(free.qsize()) as pool:
+        found = list(pool.map(one, todo.items()))
+    if judges is None:
+        while not free.empty():
+            free.get().stop()
+    return found
 
 
 def handins(folders: list[str]) -> list[Path]:
@@ -104,11 +139,12 @@ def main():
     parser.add_argument("--jobs", type=int, help="processes at a time (default: one a core)")
     args = parser.parse_args()
     folders, all_found = handins(args.handin), {}
+    judges = [Judge() for _ in range(args.jobs or os.cpu_count() or 1)]
     for folder in folders:
         if not folder.is_dir():
             parser.error(f"{folder} is not a folder")
     for folder in folders:
-        found = all_found[str(folder)] = grade(folder, args.seed, args.only, args.jobs)
+        found = all_found[str(folder)] = grade(folder, args.seed, args.only, judges)
         passed = sum(f["passed"] for f in found)
         if args.json:
             print(f"{folder}: {passed} of {len(found)}", file=sys.stderr)
@@ -117,6 +153,8 @@ def main():
         for f in found:
             print(f"  {f['exercise']:>2}  {'passed' if f['passed'] else 'failed: ' + f['why']}")
         print(f"  total: {passed} of {len(found)}", flush=True)
+    for judge in judges:
+        judge.stop()
     if args.json:
         one = len(folders) == 1
         print(json.dumps(all_found[str(folders[0])] if one else all_found, indent=1))

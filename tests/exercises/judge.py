@@ -1,8 +1,10 @@
-"""Judges one answer in a process of its own; grade.py starts it. Not for use by hand.
+"""Judges answers, each in a process of its own; grade.py starts it. Not for use by hand.
 
-It reads a job from stdin, {"exercise", "sources", "seed", "nonce", "seconds", "memory"}, works in a
-temporary folder, and writes the verdict to what was its stdout. What the answer prints goes nowhere. The
-parent believes only a verdict that carries the nonce.
+It reads jobs from stdin, one a line: {"exercise", "sources", "seed", "nonce", "seconds", "memory"}.
+For each it forks a child, which works in a temporary folder under limits, and what the answer
+prints goes nowhere. The verdict, one line for a job, goes to what was stdout: {"nonce", "why",
+"signal"}. grade.py believes only a verdict that carries the nonce. Where there is no fork (only
+Linux has a safe one), the process judges one job itself and ends.
 """
 
 import builtins
@@ -44,7 +46,6 @@ def verdict(job: dict) -> str:
     """"" or the rule that broke."""
     import torch
     import course
-    torch.set_num_threads(1)
     module = course.exercise(job["exercise"])
     watched = [torch, torch.Tensor, torch._C._TensorBase, torch.nn.functional, torch.linalg,
                torch.testing, torch.nn.Module, math, builtins, course, module]
@@ -63,14 +64,9 @@ def verdict(job: dict) -> str:
     return ""
 
 
-def main():
-    job, out = json.load(sys.stdin), os.dup(1)
-    null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
+def run(job: dict) -> bytes:
+    """The verdict of a job, worked on in this process."""
     nonce = job.pop("nonce")
-    import torch                # its import counts in no limit
-    torch.manual_seed(0)
     limit(job["seconds"], job["memory"])
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
@@ -83,7 +79,40 @@ def main():
         except BaseException as e:      # also KeyboardInterrupt, if the answer raises it
             why = f"the answer cannot be used: {type(e).__name__}: {str(e)[:200]}"
         os.chdir("/")
-    os.write(out, json.dumps({"nonce": nonce, "why": why}).encode())
+    return json.dumps({"nonce": nonce, "why": why[:2000], "signal": 0}).encode() + b"\n"
+
+
+def in_child(job: dict, close: list[int]) -> bytes:
+    """The verdict of a job, worked on in a forked child."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            for fd in (*close, read):
+                os.close(fd)
+            os.write(write, run(job))
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as f:
+        said = f.read()
+    status = os.waitpid(pid, 0)[1]
+    signal = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+    return said or json.dumps({"nonce": "", "why": "", "signal": signal}).encode() + b"\n"
+
+
+def main():
+    inside, out, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    import torch                # once, for all jobs
+    import course  # noqa: F401
+    torch.set_num_threads(1)
+    for line in os.fdopen(inside, "rb", closefd=False):
+        if sys.platform != "linux":
+            os.write(out, run(json.loads(line)))
+            return
+        os.write(out, in_child(json.loads(line), [inside, out]))
 
 
 if __name__ == "__main__":
