@@ -4,10 +4,9 @@ Time runs from t = 0, the image, to t = 1, noise: x_t = (1 - t) x0 + t eps. The 
 velocity v = eps - x0 (in `tiny` it predicts x0, and v follows: `velocity_from_x0`). The sampler
 walks from t = 1 to 0 and SUBTRACTS v dt.
 
-Letters: b batch, c latent channels, h w latent rows and columns, n = h w tokens, d width,
-H W pixels.
-Latent tokens are row-major, (b, n, c); latent images are (b, c, h, w). In `tiny` a token is a
-square of p x p latents: n = h w / p^2, and c stands for p p c.
+Letters: b batch, c latent channels, h w latent rows and columns, n = h w tokens, d width, H W
+pixels. Latent tokens are row-major, (b, n, c); latent images are (b, c, h, w). In `tiny` a token is
+a square of p x p latents: n = h w / p^2, and c stands for p p c.
 """
 
 import math
@@ -188,7 +187,7 @@ class ResBlock(nn.Module):
 
 
 class AttnBlock(nn.Module):
-    """One head over all position_ids of a feature map (b, c, h, w)."""
+    """One head over all pixels of a feature map (b, c, h, w)."""
 
     def __init__(self, c: int):
         super().__init__()
@@ -287,9 +286,8 @@ class VAE(nn.Module):
         self.scale, self.latent_mean, self.groups = scale, latent_mean, groups
         if ch % groups:
             raise ValueError(f"{groups} groups of {ch} channels")
-        for module in self.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.num_groups = groups
+        for norm in (m for m in self.modules() if isinstance(m, nn.GroupNorm)):
+            norm.num_groups = groups
         self.init_weights()
 
     @torch.no_grad()

@@ -369,12 +369,12 @@ def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
         return len({m[1] for m in (re.match(prefix + r"(\d+)\.", k) for k in weights) if m})
     text = "language_config" if about.get("language_config", {}) else "llm_config"
     drawing, layer, base = "inference_config.generation", "lm.tower.layers.0.und.", Config()
-    rows, vocab = size(layer + "q_proj.weight", 0), size("lm.embed_tokens.weight", 0)
+    sizes = {ours: size(*at) for ours, at in RELEASED["sizes"].items()}
+    rows, vocab, vit_width = size(layer + "q_proj.weight", 0), sizes["vocab"], sizes["vit_width"]
     heads = about.get(f"{text}.num_attention_heads", max(1, rows // 128), 1, rows)  # Janus-Pro: 128
     head_dim = size(layer + "q_norm.weight", 0, rows // heads)
     latent_patch = about.get("latent_patch_size", 1, 1, 16)
     latents = size("vae2llm.weight", 1, base.latent_channels * latent_patch ** 2)
-    patch, vit_width = (size("vit.patch_embed.proj.weight", axis) for axis in (2, 0))
     vit_heads = about.get("vit_config.num_attention_heads", max(1, vit_width // 64), 1, vit_width)
     for key, whole, part in (("vit_config.num_attention_heads", vit_width, vit_heads),
                              ("latent_patch_size", latents, latent_patch ** 2)):
@@ -389,12 +389,11 @@ def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
     if unknown := ours.keys() - OURS.keys():
         raise UserError(f"{about.file}: ours.{min(unknown)} is unknown; is the code too old?")
     return Config(
-        vit_image=patch * math.isqrt(size("vit.pos_embed", 1)), vit_patch=patch,
-        vit_width=vit_width, vit_mlp=size("vit.blocks.0.mlp.fc1.weight", 0), vit_heads=vit_heads,
-        vit_layers=count(r"vit_model\.vision_tower\.blocks\."), vocab=vocab,
-        layers=count(r"language_model\.model\.layers\."), width=size("lm.embed_tokens.weight", 1),
-        heads=rows // head_dim, kv_heads=size(layer + "k_proj.weight", 0) // head_dim,
-        head_dim=head_dim, mlp=size(layer + "gate_proj.weight", 0),
+        **sizes, vit_heads=vit_heads, heads=rows // head_dim, head_dim=head_dim,
+        vit_image=sizes["vit_patch"] * math.isqrt(size("vit.pos_embed", 1)),
+        vit_layers=count(r"vit_model\.vision_tower\.blocks\."),
+        layers=count(r"language_model\.model\.layers\."),
+        kv_heads=size(layer + "k_proj.weight", 0) // head_dim,
         max_tokens=about.get(f"{text}.max_position_embeddings", base.max_tokens, 1),
         latent_side=math.isqrt(size("positions", 0, base.latent_side ** 2)),
         latent_patch=latent_patch, latent_channels=latents // latent_patch ** 2,
@@ -478,11 +477,7 @@ def load_rad_dino(folder: str | Path) -> RadDino:
 
 
 # ---- files: JSON, checkpoints, safetensors
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-          "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
-          "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-          "F8_E8M0": torch.float8_e8m0fnu, "C64": torch.complex64}
+DTYPES = {theirs: getattr(torch, ours) for theirs, ours in RELEASED["dtypes"].items()}
 
 
 class JsonFile:
@@ -534,12 +529,9 @@ class Inert:
     """Replaces each class and function in a checkpoint that no tensor is made of. Whatever the file
     does to it, nothing happens."""
 
-    def __new__(cls, *_, **__):
-        return super().__new__(cls)
-
-    def __call__(self, *_):
-        return self
-    __setstate__ = __setitem__ = append = extend = add = __call__
+    def __init__(self, *_, **__):
+        pass
+    __call__ = __setstate__ = __setitem__ = append = extend = add = __init__
 
 
 class TensorUnpickler(pickle.Unpickler):
