@@ -54,7 +54,8 @@ class Parity:
         gap = np.abs(got - want)
         worst, scale = gap.max(initial=0), np.abs(want).max(initial=0)
         self.seen[name] = (worst, worst / scale if scale else worst)
-        close = gap <= 1 if self.want[name].dtype == np.uint8 else gap <= tol * (ATOL + RTOL * np.abs(want))
+        whole = self.want[name].dtype == np.uint8
+        close = gap <= (1 if whole else tol * (ATOL + RTOL * np.abs(want)))
         if not close.all():
             self.bad.append(f"{name}: differs by {worst:.2e} (largest value {scale:.2e})")
 
@@ -96,7 +97,7 @@ def check_cache(p: Parity, prefix: str, suffix: str, kv: list):
         p.check(name, kv[layer][which][0].transpose(0, 1))
 
 
-def parity_reading(p: Parity):
+def parity_understanding(p: Parity):
     """und/ und_text/: caches after the image and after the prompt, greedy decoding, stopping."""
     m, c = p.model, p.model.config
     image = m.embed_image(p.get("vit/image"))
@@ -123,7 +124,8 @@ def parity_reading(p: Parity):
         p.check(f"{group}/argmax_margin", top[:, 0] - top[:, 1])
     stop = int(p.want["und/stop_end_token"])
     row, length = m.pad([prompt + [c.bos]])
-    stopped = [int(t) for t, _ in decode(m.lm, row, length, image, stop, len(tokens(p, "und/fed_ids")))]
+    steps = decode(m.lm, row, length, image, stop, len(tokens(p, "und/fed_ids")))
+    stopped = [int(t) for t, _ in steps]
     p.check("und/stop_ids", [c.bos, *stopped[:-1]])
 
 
@@ -140,7 +142,7 @@ def text_prompt(p: Parity) -> list[int]:
     return min(found)[1]
 
 
-def parity_drawing(p: Parity):
+def parity_generation(p: Parity):
     """gen/: every velocity, guidance variant, trajectory and decoded image."""
     m, get = p.model, p.get
     prompt = tokens(p, "gen/prompt_ids")
@@ -152,17 +154,17 @@ def parity_drawing(p: Parity):
     for height, width in p.want["meta/gen_sizes"].tolist():
         base = f"gen/{height}x{width}"
         h, w = height // m.vae.factor, width // m.vae.factor
-        places, noise = position_ids(h, w, m.config.latent_side), get(f"{base}/noise")[None]
+        rows, noise = position_ids(h, w, m.config.latent_side), get(f"{base}/noise")[None]
 
         def velocity(x, t, conditional):
-            return m.velocity(x, t, context if conditional else None, places)[0]
+            return m.velocity(x, t, context if conditional else None, rows)[0]
 
         def pair(x, t, guided):
             if not guided:
                 return velocity(x, t, True)
-            twice = m.velocity(x.repeat(2, 1, 1), t.repeat(2), context.with_empty(), places)[0]
+            twice = m.velocity(x.repeat(2, 1, 1), t.repeat(2), context.with_empty(), rows)[0]
             return twice.chunk(2)
-        p.check(f"{base}/packed_vae_position_ids", places)
+        p.check(f"{base}/packed_vae_position_ids", rows)
         p.check(f"{base}/packed_position_ids", context.next_id.expand(h * w + 2))
         p.check(f"{base}/packed_text_ids", [m.config.boi, m.config.eoi])
         for t in p.want["meta/gen_t"].tolist():
@@ -177,7 +179,8 @@ def parity_drawing(p: Parity):
                     p.check(f"{base}/v_{kind}_{name}", v)
         for shift in p.want["meta/shifts"].tolist():
             run = f"{base}/shift{shift}"
-            steps = list(sample(pair, noise, int(p.want["meta/num_timesteps"]), shift, scale, interval))
+            points = int(p.want["meta/num_timesteps"])
+            steps = list(sample(pair, noise, points, shift, scale, interval))
             p.check(f"{run}/t", torch.stack([t for t, _, _ in steps]))
             p.check(f"{run}/v", torch.cat([v for _, v, _ in steps]))
             p.check(f"{run}/x", torch.cat([noise, *(x for _, _, x in steps)]))
@@ -189,7 +192,7 @@ def parity_drawing(p: Parity):
 
 
 def unpack(p: Parity, name: str) -> list[dict]:
-    """The samples of a packed training batch: token ids and latents of each, by their places."""
+    """The samples of a packed training batch: token ids and latents of each, by their positions."""
     get = lambda k: p.want.get(f"train/{name}/{k}", np.zeros(0, int))   # noqa: E731
     begin, found, image = 0, [], 0
     for length in get("sample_lens").tolist():
@@ -213,7 +216,7 @@ def unpack(p: Parity, name: str) -> list[dict]:
 
 
 def flow_batch(p: Parity, name: str, samples: list[dict], frozen: bool, shift=1.0):
-    """Velocities and losses of the drawing samples as one padded batch -> (v, loss a token)."""
+    """Velocities and losses of the samples with latents as one padded batch -> v, losses, x_t."""
     m, n = p.model, max(s["clean"][0].numel() for s in samples)
     pad = lambda a: torch.nn.functional.pad(a, (0, 0, 0, n - len(a)), value=7.0)    # noqa: E731
     x0 = torch.stack([pad(s["clean"].flatten(1).T) for s in samples])
@@ -254,14 +257,16 @@ def check_gradients(p: Parity, base: str, loss: torch.Tensor):
 def parity_training(p: Parity):
     """train/gen, train/und, train/pack_gu, train/pack_gg: losses and gradients, as batches."""
     m = p.model
-    for name in [n for n in ("gen", "und", "pack_gu", "pack_gg") if f"train/{n}/sample_lens" in p.want]:
+    for name in ("gen", "und", "pack_gu", "pack_gg"):
+        if f"train/{name}/sample_lens" not in p.want:
+            continue
         samples, base = unpack(p, name), f"train/{name}"
-        drawn = [s for s in samples if "clean" in s]
+        noisy = [s for s in samples if "clean" in s]
         read = [s for s in samples if "report" in s]
         for frozen in (True, False):
             loss = 0.0
-            if drawn:
-                v, square, x_t = flow_batch(p, name, drawn, frozen)
+            if noisy:
+                v, square, x_t = flow_batch(p, name, noisy, frozen)
                 loss = loss + square.mean()
                 p.check(f"{base}/v_pred", v)
                 p.check(f"{base}/x_t", x_t)
@@ -277,10 +282,10 @@ def parity_training(p: Parity):
                 torch.testing.assert_close(sum(each), total)
                 loss = loss + total / count
             flag = f"{base}/freeze{int(frozen)}"
-            if f"{flag}/grad_norms" in p.want and (drawn and not read or not frozen):
+            if f"{flag}/grad_norms" in p.want and (noisy and not read or not frozen):
                 check_gradients(p, flag, loss)
         if f"{base}/shift3.0/mse" in p.want:
-            _, square, x_t = flow_batch(p, name, drawn, True, 3.0)
+            _, square, x_t = flow_batch(p, name, noisy, True, 3.0)
             p.check(f"{base}/shift3.0/mse", square)
             p.check(f"{base}/shift3.0/x_t", x_t)
 
@@ -300,17 +305,18 @@ def per_token(p: Parity, pixels, prompts, reports) -> torch.Tensor:
 
 # ---------------------------------------------------------------- report
 
-NOT_OURS = {    # what is there besides inputs: things of the official code that we have no counterpart of
+NOT_OURS = {    # besides inputs: things of the official code that have no counterpart here
     r"pre/.*": "the official resize and crop (we pad to square, as the paper says)",
     r"pos/ids_interpolate_.*": "interpolated position ids (off by default)",
     r"mask/.*|train/.*/mask\d": "dense masks: we never build one",
     r".*packed_.*|.*_loss_indexes|.*len.*|.*ce_loss_weights": "bookkeeping of packed sequences",
-    r"train/(mixed|clean)/.*": "text after a noisy image, clean latents as context: not in the paper",
+    r"train/(mixed|clean)/.*": "text after a noisy image, clean latents as context: not the paper",
     r"train/.*/hidden": "states of packed sequences (their losses and logits are covered)",
     r"train/(und|pack_gu)/freeze1/.*": "a report loss with understanding frozen trains nothing",
     r"train/und/ce_erf_connector": "the connector's exact GELU (vit/connector_erf is covered)"}
-INPUTS = (r"meta/.*|vit/image|vae/(image|z|sample_eps)|und/(prompt_ids|stop_end_token)|gen/prompt_ids"
-          r"|gen/[^/]*/noise|train/param_names|train/.*/(noise|raw_timesteps|padded_latent)"
+INPUTS = (r"meta/.*|vit/image|vae/(image|z|sample_eps)|und/(prompt_ids|stop_end_token)"
+          r"|gen/prompt_ids|gen/[^/]*/noise|train/param_names"
+          r"|train/.*/(noise|raw_timesteps|padded_latent)"
           r"|train/.*/patchified_vae_latent_shapes")
 
 
@@ -318,7 +324,8 @@ def show(p: Parity):
     """A line a group: how many arrays, and the largest differences."""
     groups = {}
     for name, (gap, relative) in p.seen.items():
-        short = re.sub(r"(grad):.*", r"\1", "/".join(name.split("/")[:3 if name.startswith("train") else 2]))
+        group = "/".join(name.split("/")[:3 if name.startswith("train") else 2])
+        short = re.sub(r"(grad):.*", r"\1", group)
         n, a, b = groups.get(short, (0, 0.0, 0.0))
         groups[short] = n + 1, max(a, gap), max(b, relative)
     print(f"{'group':34}{'arrays':>7}{'max |diff|':>12}{'/ max |array|':>15}")
@@ -342,7 +349,7 @@ def compare(folder: Path) -> Parity:
     if not (folder / "expected.npz").is_file():
         raise UserError(f"{folder}: no expected.npz; give a folder in the format of tests/golden/A")
     p = Parity(folder)
-    for part in (parity_parts, parity_reading, parity_drawing):
+    for part in (parity_parts, parity_understanding, parity_generation):
         with torch.no_grad():
             part(p)
     parity_training(p)
@@ -350,7 +357,8 @@ def compare(folder: Path) -> Parity:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
     failed = False
     for folder in parser.parse_args().folders:

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from diffusion import (VAE, guide, path, position_ids, position_table, sample, sample_time,
-                       shift_time, target, time_features, to_latents, to_tokens, to_uint8, velocity_loss)
+                       shift_time, target, time_features, to_latents, to_tokens, to_uint8,
+                       velocity_loss)
 
 
 def test_time_convention():
@@ -20,7 +21,7 @@ def test_time_convention():
 
 
 def test_tokens_are_squares_of_latents_row_by_row():
-    """As BAGEL's patchify: reshape (c, h, p, w, p), then h w p p c; one latent a token is flatten."""
+    """As BAGEL's patchify: reshape (c, h, p, w, p), then h w p p c; one latent: flatten."""
     latents = torch.randn(2, 3, 4, 6)
     assert torch.equal(to_tokens(latents, 1), latents.flatten(2).transpose(1, 2))
     tokens = to_tokens(latents, 2)
@@ -68,7 +69,8 @@ def test_eta_is_ddims(eta, shift):
     torch.manual_seed(1)
     x0, e, z = torch.randn(3, 2, 4, 3).double()
     times = shift_time(torch.linspace(1, 0, 6), shift).double()
-    steps, x = sample(lambda x, t, guided: e - x0, e, 6, shift, scale=1.0, eta=eta, noise=lambda: z), e
+    x, steps = e, sample(lambda x, t, guided: e - x0, e, 6, shift, scale=1.0, eta=eta,
+                         noise=lambda: z)
     for t, after, (_, _, got) in zip(times, times[1:], steps):
         clean, noise = x - t * (e - x0), x + (1 - t) * (e - x0)     # what the network predicts
         alpha, alpha_after = ((1 - u) ** 2 / ((1 - u) ** 2 + u ** 2) for u in (t, after))
@@ -117,7 +119,8 @@ def test_guide():
 
 def test_times():
     """Shift fixes 0 and 1 and moves the middle to s / (1 + s); training times are logit-normal."""
-    torch.testing.assert_close(shift_time(torch.tensor([0., .5, 1.]), 3.0), torch.tensor([0., .75, 1.]))
+    shifted = shift_time(torch.tensor([0., .5, 1.]), 3.0)
+    torch.testing.assert_close(shifted, torch.tensor([0., .75, 1.]))
     for shift in (1.0, 4.0):
         z = torch.logit(sample_time(200_000, torch.Generator().manual_seed(0), shift).double())
         assert abs(z.mean() - math.log(shift)) < 0.01 and abs(z.std() - 1) < 0.01
@@ -125,7 +128,8 @@ def test_times():
 
 def test_loss_is_the_mean_square_of_the_velocity_error():
     x0, eps = torch.randn(2, 5, 3), torch.randn(2, 5, 3)
-    torch.testing.assert_close(velocity_loss(target(x0, eps) + 0.5, x0, eps), torch.full((2,), 0.25))
+    loss = velocity_loss(target(x0, eps) + 0.5, x0, eps)
+    torch.testing.assert_close(loss, torch.full((2,), 0.25))
 
 
 def test_time_features_and_position_table_by_hand():
@@ -142,7 +146,7 @@ def test_a_larger_image_reads_more_of_the_same_table():
     assert set(position_ids(16, 16, 32).tolist()) < set(position_ids(32, 32, 32).tolist())
 
 
-def test_interpolated_places_are_the_same_at_every_size():
+def test_interpolated_positions_are_the_same_at_every_size():
     """Row and column 2i of an image twice as large are row and column i; the largest has all."""
     small, large = (position_ids(n, n, 16, interpolate=True).view(n, n) for n in (8, 16))
     assert torch.equal(large[::2, ::2], small)
@@ -152,7 +156,8 @@ def test_interpolated_places_are_the_same_at_every_size():
 @pytest.fixture(scope="module")
 def vae() -> VAE:
     torch.manual_seed(0)
-    return VAE(ch=32, mult=[1, 2, 2], blocks=1, attn=[2], z=6, embed=5, scale=0.7, latent_mean=0.1).eval()
+    return VAE(ch=32, mult=[1, 2, 2], blocks=1, attn=[2], z=6, embed=5, scale=0.7,
+               latent_mean=0.1).eval()
 
 
 def test_vae_sizes_are_read_off_the_weights(vae):
@@ -167,7 +172,8 @@ def test_vae_shapes_units_and_sampling(vae):
     mean, logvar = moments.chunk(2, dim=1)
     torch.testing.assert_close(vae.latents(moments), 0.7 * (mean - 0.1))
     eps = torch.randn_like(mean)
-    torch.testing.assert_close(vae.latents(moments, eps), 0.7 * (mean + eps * (logvar / 2).exp() - 0.1))
+    want = 0.7 * (mean + eps * (logvar / 2).exp() - 0.1)
+    torch.testing.assert_close(vae.latents(moments, eps), want)
     images = vae.decode(vae.latents(moments))
     assert images.shape == (2, 3, 16, 24)
     torch.testing.assert_close(images, vae.decoder(vae.post_quant_conv(mean)))

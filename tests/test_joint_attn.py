@@ -1,4 +1,4 @@
-"""Two experts, one softmax: the layer against a slow one written from Eq. 3-5, and its invariances."""
+"""Two experts, one softmax: the layer against a slow one written from Eq. 3-5; invariances."""
 
 import math
 
@@ -18,15 +18,16 @@ def slow_attention(q, k, v, see):
 def slow_layer(layer, x, ids, is_gen, see):
     """One layer over one packed sequence x (l, d), token by token, each with its own expert."""
     cos_sin = rope(ids[None], layer.und.head_dim)
-    parts = [[(layer.gen if g else layer.und).qkv(x[None, i:i + 1], (cos_sin[0][:, :, i:i + 1],
-              cos_sin[1][:, :, i:i + 1])) for i, g in enumerate(is_gen)]]
-    q, k, v = (torch.cat([p[j][0] for p in parts[0]], dim=1) for j in range(3))
+    experts = [layer.gen if g else layer.und for g in is_gen]
+    parts = [expert.qkv(x[None, i:i + 1], tuple(a[:, :, i:i + 1] for a in cos_sin))
+             for i, expert in enumerate(experts)]
+    q, k, v = (torch.cat([p[j][0] for p in parts], dim=1) for j in range(3))
     mixed = slow_attention(q, k, v, see)
-    return torch.cat([(layer.gen if g else layer.und).finish(x[None, i:i + 1], mixed[None, :, i:i + 1])[0]
-                      for i, g in enumerate(is_gen)])
+    return torch.cat([expert.finish(x[None, i:i + 1], mixed[None, :, i:i + 1])[0]
+                      for i, expert in enumerate(experts)])
 
 
-def test_drawing_equals_the_equations_with_a_dense_mask(model):
+def test_denoising_equals_the_equations_with_a_dense_mask(model):
     """[text | BOI latents EOI]: text causal, the block sees all, experts by token (Eq. 3-5)."""
     tower, n_text, n = model.lm.tower, 5, 6
     text, boi_eoi, x = torch.randn(1, n_text, 32), torch.randn(1, 2, 32), torch.randn(1, n, 32)
@@ -111,7 +112,7 @@ def test_frozen_understanding_gets_no_gradient_and_changes_no_value(model):
     frozen.square().sum().backward()
     assert all(p.grad is None for p in model.branch("understanding").values())
     assert all(p.grad.abs().sum() > 0 for k, p in model.branch("generation").items()
-               if "k_proj.bias" not in k)     # a bias on every key at one place is softmax-invariant
+               if "k_proj.bias" not in k)     # softmax does not change with a bias of all keys
 
 
 def test_shared_layers_are_one_object_and_own_layers_are_not():
@@ -157,13 +158,14 @@ def test_the_documented_shapes(kv_heads):
     assert context.mask(4).shape == (2, 1, 1, 9) and context.mask(4).sum().item() == 9 + 7
 
 
-def test_drawing_a_large_block_never_allocates_tokens_by_tokens():
+def test_denoising_a_large_block_never_allocates_tokens_by_tokens():
     """4,096 latents over a padded 1,024-token context: below a third of one (l, l) fp32 matrix."""
     from torch.profiler import ProfilerActivity, profile
     torch.manual_seed(0)
     tower = Tower(1, 16, 1, 1, 16, 16)
     with torch.no_grad():
-        _, context = tower.read_context(torch.randn(1, 1024, 16), torch.arange(1024)[None], torch.tensor([1000]))
+        _, context = tower.read_context(torch.randn(1, 1024, 16), torch.arange(1024)[None],
+                                        torch.tensor([1000]))
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
             tower.denoise(torch.randn(1, 2, 16), torch.randn(1, 4096, 16), context)
     largest = max(e.cpu_memory_usage for e in seen.events())

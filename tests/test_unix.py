@@ -24,7 +24,8 @@ def test_cached_decoding_equals_reading_everything_again(model, images):
     logits = [l for _, l in decode(model.lm, *model.pad([tokens]), image, -1, 8)]
     written = greedy(model, [tokens], image)[0].tolist()
     hidden, _ = model.lm.read_text(*model.pad([tokens + written[:-1]]), image)
-    torch.testing.assert_close(torch.cat(logits), model.lm.lm_head(hidden[0, 4:]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(torch.cat(logits), model.lm.lm_head(hidden[0, 4:]), atol=1e-4,
+                               rtol=1e-4)
 
 
 @torch.no_grad()
@@ -42,8 +43,9 @@ def test_a_batch_with_different_prompts_and_stops_equals_its_samples(model, imag
 
 @torch.no_grad()
 def test_decoding_ends_when_all_have_ended(model, images):
-    first = greedy(model, [[90, 1, 91, 90]], model.embed_image(images[:1]))[0, 0].item()
-    assert greedy(model, [[90, 1, 91, 90]], model.embed_image(images[:1]), eos=first).shape == (1, 1)
+    prompt, image = [[90, 1, 91, 90]], model.embed_image(images[:1])
+    first = greedy(model, prompt, image)[0, 0].item()
+    assert greedy(model, prompt, image, eos=first).shape == (1, 1)
 
 
 def test_report_loss_is_the_cross_entropy_of_the_report_alone(model, images):
@@ -53,7 +55,8 @@ def test_report_loss_is_the_cross_entropy_of_the_report_alone(model, images):
     by_hand = 0.0
     for i, (p, r) in enumerate(zip(prompts, reports)):
         row, length = model.pad([model.wrap(p) + model.wrap(r)])
-        logits = model.lm.lm_head(model.lm.read_text(row, length, model.embed_image(images[i:i + 1]))[0][0])
+        hidden, _ = model.lm.read_text(row, length, model.embed_image(images[i:i + 1]))
+        logits = model.lm.lm_head(hidden[0])
         for j, label in enumerate(r + [91]):
             by_hand -= logits[len(p) + 2 + j].log_softmax(-1)[label]
     assert count == 5 + 2 + 1
@@ -64,7 +67,8 @@ def test_the_first_losses_are_as_expected():
     """Untrained: ln V a token, and 1 + E[x0^2] for the flow, whose output layer starts at zero."""
     torch.manual_seed(0)
     model = UniX(small_config())
-    total, count = model.understanding_loss(torch.randn(4, 3, 32, 32), [[1]] * 4, [[2, 3, 4, 5]] * 4)
+    pixels = torch.randn(4, 3, 32, 32)
+    total, count = model.understanding_loss(pixels, [[1]] * 4, [[2, 3, 4, 5]] * 4)
     assert abs(total / count - math.log(97)) < 0.15
     x0, eps = torch.randn(64, 16, 4, 4) * 0.5, torch.randn(64, 16, 4, 4)
     loss, _ = model.flow_loss(x0, model.read_captions([[1]] * 64), torch.rand(64), eps)
@@ -78,7 +82,8 @@ def test_generation_tower_equals_understanding_tower_after_the_copy(model):
     boi_eoi, x = model.boi_eoi(1), torch.randn(1, 5, 32)
     out, _ = model.lm.tower.denoise(boi_eoi, x, None)
     block = torch.cat([boi_eoi, x], dim=1)
-    hidden, _ = model.lm.tower.read_context(block, torch.zeros(1, 7, dtype=torch.long), torch.tensor([7]), 7)
+    ids, length = torch.zeros(1, 7, dtype=torch.long), torch.tensor([7])
+    hidden, _ = model.lm.tower.read_context(block, ids, length, 7)
     torch.testing.assert_close(out, hidden[:, 2:], atol=1e-5, rtol=1e-4)
     pairs = [(layer.gen, layer.und) for layer in model.lm.tower.layers]
     for gen, und in (*pairs, (model.lm.tower.norm_gen, model.lm.tower.norm)):
@@ -94,10 +99,12 @@ def test_branches_are_named_parameter_by_parameter():
     themselves that requires_grad_ is called on."""
     model = with_vae(UniX(small_config(share_layers=1)))
     parts = {k: model.branch(k) for k in ("understanding", "generation", "vae")}
-    assert sorted(k for part in parts.values() for k in part) == sorted(dict(model.named_parameters()))
+    every = sorted(dict(model.named_parameters()))
+    assert sorted(k for part in parts.values() for k in part) == every
     for name, inside in (
-            ("understanding", {"vit.pos_embed", "connector.layers.0.weight", "lm.embed_tokens.weight",
-                               "lm.lm_head.weight", "lm.tower.norm.weight",
+            ("understanding", {"vit.pos_embed", "connector.layers.0.weight",
+                               "lm.embed_tokens.weight", "lm.lm_head.weight",
+                               "lm.tower.norm.weight",
                                "lm.tower.layers.0.und.q_proj.weight",      # shared, so of this one
                                "lm.tower.layers.1.und.input_layernorm.weight"}),
             ("generation", {"lm.tower.layers.1.gen.q_proj.weight", "lm.tower.norm_gen.weight",
@@ -115,7 +122,7 @@ def test_branches_are_named_parameter_by_parameter():
 
 @torch.no_grad()
 def test_repa_states_are_those_after_a_layer_counted_from_1(model):
-    """Equal to what a hook on the layer's last module gives; 0 gives none (Sec. 3.4: the 8th layer)."""
+    """What that layer returned; 0 gives none (Sec. 3.4: the 8th layer)."""
     x, t, n = torch.randn(2, 4, 16), torch.tensor([0.2, 0.7]), len(model.lm.tower.layers)
     context, rows, seen = model.read_captions([[1, 2], [3]]), torch.arange(4), []
 
@@ -151,6 +158,43 @@ def test_a_report_ends_before_eos(model, images, stop):
     assert model.report(images, "fine", max_new=9) == [wanted] * 3 and len(calls) == stop + 1
     calls.clear()
     assert model.report(images, "fine", max_new=1) == [wanted[:1]] * 3 and len(calls) == 1
+
+
+@torch.no_grad()
+def test_a_report_is_what_greedy_decoding_writes_after_the_prompt(model, images):
+    """[BOS prompt EOS] BOS: as the released code begins it."""
+    model.tokenizer = Letters()
+    prompt = [90, *model.tokenizer.encode("fine"), 91, 90]
+    rows = greedy(model, [prompt] * 3, model.embed_image(images), eos=91).tolist()
+    assert model.report(images, "fine", max_new=8) == [
+        model.tokenizer.decode([*row, 91][:[*row, 91].index(91)]) for row in rows]
+
+
+def test_a_text_fills_the_context_with_its_markers(model):
+    """max_tokens = 64 holds 62 tokens between BOS and EOS."""
+    model.tokenizer = Letters()
+    assert len(model.wrap(model.ids("x" * 62))) == 64
+    with pytest.raises(UserError, match="63 tokens"):
+        model.ids("x" * 63)
+
+
+@torch.no_grad()
+def test_images_are_generated_as_the_config_says(model):
+    """Scale, eta, interval of the config where none is given; seeds 0, 1, ...; no_context needs
+    none of it and ignores the text."""
+    with_vae(model).tokenizer, c = Letters(), model.config
+    c.guidance, c.eta, c.guided = 3.0, 0.5, (0.2, 0.9)
+    how = {"points": 5, "scale": 3.0, "eta": 0.5, "interval": (0.2, 0.9)}
+    want = model.generate(["some", "other"], 32, seeds=[0, 1], **how)
+    assert torch.equal(model.generate(["some", "other"], points=5, scale=None), want)
+    for k, v in (("scale", 1.0), ("eta", 0.0), ("interval", (0.4, 1.0)), ("points", 6)):
+        assert not torch.equal(model.generate(["some", "other"], 32, **(how | {k: v})), want), k
+    c.no_context = True
+    a, b = (model.generate([text], 32, seeds=[1], points=4) for text in ("some", "other"))
+    assert torch.equal(a, b)
+    c.latent_channels = 5
+    with pytest.raises(UserError, match="not the one whose latents"):
+        model.generate(["some"], 32)
 
 
 @torch.no_grad()
@@ -200,7 +244,8 @@ def test_generated_images_do_not_depend_on_the_batch(model):
 def test_guidance_in_one_pass_equals_two(model):
     """A batch of captions of several lengths, against each alone, with and without its caption."""
     captions, rows = [[1, 2, 3], [4]], position_ids(4, 4, 8)
-    drawn = list(model.sample_latents(captions, 4, 4, [5, 6], points=4, scale=3.0, interval=(0.7, 1.0)))
+    how = {"points": 4, "scale": 3.0, "interval": (0.7, 1.0)}
+    made = list(model.sample_latents(captions, 4, 4, [5, 6], **how))
     for i, (caption, seed) in enumerate(zip(captions, (5, 6))):
         context = model.read_captions([caption])
 
@@ -208,8 +253,8 @@ def test_guidance_in_one_pass_equals_two(model):
             v, _ = model.velocity(x, t, context, rows)
             return (v, model.velocity(x, t, None, rows)[0]) if guided else v
         noise = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(seed))
-        steps = sample(velocity, noise, points=4, scale=3.0, interval=(0.7, 1.0))
-        for (_, _, x), together in zip(steps, drawn):
+        steps = sample(velocity, noise, **how)
+        for (_, _, x), together in zip(steps, made):
             torch.testing.assert_close(together[i].flatten(1).T, x[0], atol=1e-4, rtol=1e-4)
 
 
@@ -217,9 +262,10 @@ def test_guidance_is_on_when_the_weights_folder_says(model, tmp_path):
     model.config.guided = (0.5, 0.8)
     model.save(tmp_path)
     loaded = UniX.load(tmp_path)
-    drawn, said, other = (list(loaded.sample_latents([[1, 2]], 4, 4, [5], points=4, scale=3.0, **how))[-1]
-                          for how in ({}, {"interval": (0.5, 0.8)}, {"interval": (0.4, 1.0)}))
-    assert torch.equal(drawn, said) and not torch.allclose(drawn, other)
+    made, said, other = (
+        list(loaded.sample_latents([[1, 2]], 4, 4, [5], points=4, scale=3.0, **how))[-1]
+        for how in ({}, {"interval": (0.5, 0.8)}, {"interval": (0.4, 1.0)}))
+    assert torch.equal(made, said) and not torch.allclose(made, other)
 
 
 def test_bad_texts_and_sizes_are_named(model):
@@ -235,8 +281,8 @@ def test_bad_texts_and_sizes_are_named(model):
 def test_nucleus_sampling_keeps_the_smallest_set():
     """p = .5 .3 .15 .05: top_p .6 leaves the first two, in proportion 5 : 3."""
     logits = torch.tensor([0.05, 0.5, 0.15, 0.3]).log().repeat(20000, 1)
-    drawn = pick(logits, 1.0, 0.6, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
-    torch.testing.assert_close(drawn, torch.tensor([0, 0.625, 0, 0.375]), atol=0.015, rtol=0)
+    made = pick(logits, 1.0, 0.6, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
+    torch.testing.assert_close(made, torch.tensor([0, 0.625, 0, 0.375]), atol=0.015, rtol=0)
     assert (pick(logits, 0.0, 1.0) == 1).all()
     cold = pick(logits, 0.5, 1.0, torch.Generator().manual_seed(0)).bincount(minlength=4) / 20000
     want = torch.tensor([0.05, 0.5, 0.15, 0.3]).square()
@@ -253,7 +299,7 @@ def test_report_loss_function_ignores_what_has_no_label():
 
 
 def test_the_paper_preset_builds_on_the_meta_device():
-    """24 layers, 2048 wide, vocabulary 102400, SigLIP-L/16-384; 3B in all, half of it per branch."""
+    """24 layers, 2048 wide, vocabulary 102400, SigLIP-L/16-384; 3B, half of it per branch."""
     with torch.device("meta"):
         model = UniX(PRESETS["unix"])
     assert len(model.lm.tower.layers) == 24 and model.lm.embed_tokens.weight.shape == (102400, 2048)
@@ -300,7 +346,8 @@ def rewrite(folder, change):
     (lambda t: t.pop("llm2vae.bias"), "missing: llm2vae.bias"),
     (lambda t: t.update(surprise=torch.ones(2)), "unexpected: surprise"),
     (lambda t: t.update({"llm2vae.bias": torch.ones(3)}), r"llm2vae.bias is \[3\], not \[16\]"),
-    (lambda t: t.pop("language_model.model.embed_tokens.weight"), "embed_tokens.weight is missing")])
+    (lambda t: t.pop("language_model.model.embed_tokens.weight"),
+     "embed_tokens.weight is missing")])
 def test_wrong_tensors_are_named(model, tmp_path, change, said):
     model.save(tmp_path)
     rewrite(tmp_path, change)
@@ -310,8 +357,9 @@ def test_wrong_tensors_are_named(model, tmp_path, change, said):
 
 def test_tensors_that_no_forward_uses_may_be_there_or_not(model, tmp_path):
     model.save(tmp_path)
-    rewrite(tmp_path, lambda t: t.update({"vit_pos_embed.pos_embed": torch.ones(2),
-                                          "vit_model.vision_tower.attn_pool.q.bias": torch.ones(2)}))
+    rewrite(tmp_path, lambda t: t.update({
+        "vit_pos_embed.pos_embed": torch.ones(2),
+        "vit_model.vision_tower.attn_pool.q.bias": torch.ones(2)}))
     same(model, UniX.load(tmp_path))
 
 
@@ -332,7 +380,8 @@ def janus_names(model: UniX) -> dict:
     for k, v in model.state_dict().items():
         if k in model.branch("understanding") and "_norm." not in k and not \
                 ("_proj.bias" in k):
-            name = released(k).replace("vit_model.", "vision_model.").replace("connector.", "aligner.")
+            name = released(k).replace("vit_model.", "vision_model.")
+            name = name.replace("connector.", "aligner.")
             found[name] = v.clone()
     found["language_model.model.norm.weight"] = model.lm.tower.norm.weight.data.clone()
     return found
@@ -363,6 +412,11 @@ def test_a_janus_folder_is_a_starting_point(model, images, tmp_path, kind):
     assert layer.gen is not layer.und and (layer.und.q_norm.weight == 1).all()
     assert not layer.und.k_proj.bias.any() and not loaded.llm2vae.weight.any()
     assert loaded.config.kv_heads == 2 and loaded.config.head_dim == 10
+    loaded.requires_grad_(False)
+    before = layer.und.down_proj.weight.clone()
+    layer.gen.down_proj.weight += 1                             # a copy, not the same memory
+    assert torch.equal(layer.und.down_proj.weight, before)
+    loaded.requires_grad_(True)
     total, count = loaded.understanding_loss(images, [[1]] * 3, [[2, 3]] * 3)
     assert math.isfinite(total.item()) and count == 9
 
@@ -370,15 +424,16 @@ def test_a_janus_folder_is_a_starting_point(model, images, tmp_path, kind):
 def test_a_new_image_encoder_attends_to_neighbours():
     torch.manual_seed(0)
     vit = ViT(96, 16, 64, 64, 2, 1)
-    q, k, _ = vit.blocks[0].attn["qkv"](torch.nn.functional.layer_norm(vit.pos_embed, (64,))).chunk(3, -1)
-    p = (q[0, :, :32] @ k[0, :, :32].T / 32 ** 0.5).softmax(-1)     # the first head, position_ids alone
-    at = torch.stack(torch.meshgrid(torch.arange(6), torch.arange(6), indexing="ij"), -1).view(36, 2)
+    normed = torch.nn.functional.layer_norm(vit.pos_embed, (64,))
+    q, k, _ = vit.blocks[0].attn["qkv"](normed).chunk(3, -1)
+    p = (q[0, :, :32] @ k[0, :, :32].T / 32 ** 0.5).softmax(-1)     # first head, positions alone
+    at = torch.cartesian_prod(torch.arange(6), torch.arange(6))
     far = (at[:, None] - at[None]).abs().amax(-1)
     assert p[far <= 1].mean() > 2 * p[far >= 3].mean()
 
 
-def test_a_saved_model_finds_the_same_places(tmp_path):
-    """Places spread over the table survive saving; other ones are those of the corner."""
+def test_a_saved_model_has_the_same_positions(tmp_path):
+    """Positions spread over the table survive saving; other ones are those of the corner."""
     torch.manual_seed(0)
     for spread in (True, False):
         model = UniX(small_config(interpolate_pos=spread))
@@ -390,7 +445,8 @@ def test_a_saved_model_finds_the_same_places(tmp_path):
 
 def test_a_token_of_four_latents(tmp_path):
     """The loss is the mean over the same numbers, a step of the sampler is Euler's on tokens and
-    their positions, an image of its own seed does not depend on the batch, saving keeps the size of a token, and an image that tokens do not divide is refused."""
+    their positions, an image of its own seed does not depend on the batch, saving keeps the size
+    of a token, and an image that tokens do not divide is refused."""
     torch.manual_seed(0)
     model = with_vae(UniX(small_config(latent_patch=2)).eval())
     assert model.vae2llm.in_features == 4 * model.config.latent_channels
@@ -431,19 +487,19 @@ def test_latents_of_another_autoencoder():
         torch.testing.assert_close(loss[0], latents.square().mean())
 
 
-def test_a_tower_that_tells_the_image(tmp_path):
-    """If what it tells is the image, the velocity is Eq. 2's target up to t = 0.5 from noise, and
+def test_a_tower_that_predicts_x0(tmp_path):
+    """If x0 is right, the velocity is Eq. 2's target up to t = 0.5 from noise, and
     half that at t = 0.25; one step of the sampler from noise is the image; saving keeps it."""
     torch.manual_seed(0)
     model = UniX(small_config(predict_x0=True))
     eps, image = torch.randn(4, 4, 16), torch.randn(16)
     with torch.no_grad():
-        model.llm2vae.bias.copy_(image)          # its weights are 0: every token tells this image
+        model.llm2vae.bias.copy_(image)          # its weights are 0: every token predicts it
         t, position_ids = torch.tensor([1.0, 0.8, 0.5, 0.25]), model.latent_positions(2, 2)
         v, _ = model.velocity(path(image.expand_as(eps), eps, t), t, None, position_ids)
     want = (eps - image) * torch.tensor([1, 1, 1, 0.5])[:, None, None]
     torch.testing.assert_close(v, want, atol=1e-5, rtol=1e-5)
-    drawn, = model.sample_latents([[1]], 2, 2, [0], points=2, scale=1.0, eta=0.0)
-    torch.testing.assert_close(to_tokens(drawn, 1)[0], image.expand(4, 16), atol=1e-5, rtol=1e-5)
+    made, = model.sample_latents([[1]], 2, 2, [0], points=2, scale=1.0, eta=0.0)
+    torch.testing.assert_close(to_tokens(made, 1)[0], image.expand(4, 16), atol=1e-5, rtol=1e-5)
     model.save(tmp_path)
     assert UniX.load(tmp_path).config.predict_x0

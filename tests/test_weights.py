@@ -69,7 +69,8 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
 @pytest.mark.parametrize("content", [
-    b"", b"1234", b"\xff" * 8, b"\xff" * 7 + b"\x7f", broken(b"{not json", b"12345678"), broken(b"[1]"),
+    b"", b"1234", b"\xff" * 8, b"\xff" * 7 + b"\x7f", broken(b"{not json", b"12345678"),
+    broken(b"[1]"),
     broken({"a": ENTRY}), broken({"a": ENTRY}, b"1234"),
     broken({"a": {**ENTRY, "shape": [3]}}, b"12345678"),
     broken({"a": {**ENTRY, "shape": [-2]}}, b"12345678"),
@@ -133,8 +134,8 @@ class Does:
 
 
 def foreign_checkpoint(path, monkeypatch, legacy: bool, protocol=2) -> dict:
-    """A Lightning 1.x checkpoint: beside the tensors the classes of callbacks, objects with a state,
-    subclasses of list and dict, functions. The classes are gone when it is read."""
+    """A Lightning 1.x checkpoint: beside the tensors the classes of callbacks, objects with a
+    state, subclasses of list and dict, functions. The classes are gone when it is read."""
     names = {}
 
     def foreign(name, *bases, **inside):
@@ -242,11 +243,13 @@ def test_a_torchscript_archive_is_refused(tmp_path):
         read_tensors(tmp_path / "a.ckpt")
 
 
-@pytest.mark.parametrize("shard", ["../other.bin", "/etc/other.bin", "sub/other.bin", 3, None, ["a"]])
+@pytest.mark.parametrize("shard", ["../other.bin", "/etc/other.bin", "sub/other.bin", 3, None,
+                                   ["a"]])
 def test_shards_lie_in_their_folder(tmp_path, shard):
     torch.save({"x": torch.ones(1)}, tmp_path / "other.bin")
     (tmp_path / "w").mkdir()
-    (tmp_path / "w" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+    index = tmp_path / "w" / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"weight_map": {"x": shard}}))
     with pytest.raises(UserError, match="index.json: weight_map"):
         read_weights(tmp_path / "w")
 
@@ -265,8 +268,9 @@ def folder(tmp_path_factory):
 
 def places(found, at=()):
     """Where a parsed JSON file has a value: all keys, at all depths."""
-    items = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else ()
-    for k, v in items:
+    if isinstance(found, list):
+        found = dict(enumerate(found))
+    for k, v in found.items() if isinstance(found, dict) else ():
         yield *at, k
         yield from places(v, (*at, k))
 
@@ -308,13 +312,16 @@ def test_a_wrecked_config_is_loaded_or_refused_in_one_line(folder, tmp_path, nam
 
 
 @pytest.mark.parametrize("key, value", [
-    ("vit_config.num_attention_heads", -1), ("vit_config.num_attention_heads", 7), ("vit_config", []),
+    ("vit_config.num_attention_heads", -1), ("vit_config.num_attention_heads", 7),
+    ("vit_config", []),
     ("vit_config.num_attention_heads", "x"), ("latent_patch_size", 3), ("latent_patch_size", True),
-    ("interpolate_pos", 1), ("language_config", "x"), ("language_config.max_position_embeddings", 0),
+    ("interpolate_pos", 1), ("language_config", "x"),
+    ("language_config.max_position_embeddings", 0),
     ("special_token_ids.bos_token_id", 97), ("special_token_ids", 3), ("ours", True),
     ("ours.eta", 1.5), ("ours.no_context", "x"), ("ours.taught_on", 3), ("ours.resolution", 3.5),
     ("ours.surprise", 1), ("inference_config.generation.cfg_text_scale", float("nan")),
-    ("inference_config.generation.cfg_interval", 0.5), ("inference_config.generation.cfg_interval.0", "x"),
+    ("inference_config.generation.cfg_interval", 0.5),
+    ("inference_config.generation.cfg_interval.0", "x"),
     ("inference_config.generation", [3]), ("vae_path", 3), ("vae_config.path", {}),
     ("vae_config.scale_factor", 0), ("vae_config.norm_groups", 0)])
 def test_the_key_of_a_wrong_setting_is_named(folder, key, value):
@@ -344,23 +351,46 @@ def test_groups_that_do_not_divide_the_channels_are_refused(folder):
 
 
 def test_older_settings_load_and_new_ones_come_back(folder, tmp_path):
-    model = UniX(small_config(layers=1, vit_layers=1, taught_on="phantom", predict_x0=True, eta=0.5))
+    model = UniX(small_config(layers=1, vit_layers=1, taught_on="phantom", predict_x0=True,
+                              eta=0.5))
     model.save(tmp_path)
     about = json.loads((tmp_path / "config.json").read_text())
     assert about["ours"]["taught_on"] == "phantom" and UniX.load(tmp_path).config == model.config
     about["ours"] = {"predict_film": True, "resolution": None}
     (tmp_path / "config.json").write_text(json.dumps(about))
     config = UniX.load(tmp_path).config
-    assert config.predict_x0 and config.taught_on == "" and config.eta == 0 and config.resolution == 512
+    assert config.predict_x0 and config.taught_on == "" and config.eta == 0
+    assert config.resolution == 512
+
+
+def test_what_tensors_tell_need_not_be_in_the_config(tmp_path):
+    """Heads too, by QK-norm; the units of latents are in both files, and either is enough."""
+    torch.manual_seed(0)
+    model = UniX(small_config(layers=1, vit_layers=1))
+    model.vae = VAE(ch=32, mult=[1, 1], blocks=1, attn=[], z=16, embed=16, scale=0.5,
+                    latent_mean=-2.0, groups=8)
+    model.save(tmp_path)
+    about = json.loads((tmp_path / "config.json").read_text())
+    told = "language_config", "llm_config", "vae_config", "max_latent_size"
+    slim = {k: v for k, v in about.items() if k not in told}
+    (tmp_path / "config.json").write_text(json.dumps(slim))
+    again = [UniX.load(tmp_path)]
+    (tmp_path / "vae" / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    again.append(UniX.load(tmp_path))
+    for m in again:
+        assert (m.config.heads, m.config.kv_heads, m.config.head_dim) == (4, 2, 10)
+        assert m.config.latent_side == 8
+        assert (m.vae.scale, m.vae.latent_mean, m.vae.groups) == (0.5, -2.0, 8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_weights_stored_in_half_the_bytes(folder, tmp_path, dtype):
-    """Half the file; each value is the rounded one, the constant position table exact; fp32 in memory."""
+    """Half the file; each value rounded, the constant position table exact; fp32 in memory."""
     model, at = folder
     model.save(tmp_path, dtype)
-    sizes = [sum((f / name).stat().st_size for name in ("model.safetensors", "vae/model.safetensors"))
-             for f in (at, tmp_path)]
+    names = "model.safetensors", "vae/model.safetensors"
+    sizes = [sum((f / name).stat().st_size for name in names) for f in (at, tmp_path)]
     table = model.positions.nbytes
     assert sizes[1] - table < 0.6 * (sizes[0] - table)
     half = UniX.load(tmp_path)
@@ -373,7 +403,8 @@ def test_weights_stored_in_half_the_bytes(folder, tmp_path, dtype):
 
 @pytest.mark.parametrize("name, key, value", [
     ("config.json", "num_attention_heads", "x"), ("preprocessor_config.json", "crop_size", 3),
-    ("preprocessor_config.json", "crop_size", {"height": []}), ("preprocessor_config.json", "image_std", [0]),
+    ("preprocessor_config.json", "crop_size", {"height": []}),
+    ("preprocessor_config.json", "image_std", [0]),
     ("preprocessor_config.json", "image_mean", ["x"])])
 def test_wrong_settings_of_rad_dino_are_named(tmp_path, name, key, value):
     for file in ("model.safetensors", "config.json"):
