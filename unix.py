@@ -206,10 +206,8 @@ class UniX(nn.Module):
         (b, n): False at padding."""
         tokens = self.vae2llm(x.to(self.dtype)) + self.time_embedder(t)[:, None]
         tokens = tokens + self.positions[position_ids].to(self.dtype)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
-            boi_eoi = self.boi_eoi(len(x))
-        out, repa_states = self.lm.tower.denoise(boi_eoi, tokens, context, frozen, repa_layer,
-                                                 latent_mask)
+        out, repa_states = self.lm.tower.denoise(self.boi_eoi(len(x)), tokens, context, frozen,
+                                                 repa_layer, latent_mask)
         out = self.llm2vae(out)
         return velocity_from_x0(out, x, t) if self.config.predict_x0 else out, repa_states
 
