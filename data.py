@@ -497,7 +497,7 @@ def load(dataset, chunks, workers, ahead):
     """Yield the samples of each chunk of indices. Loader processes take turns; each has up to
     `ahead` chunks waiting. UserError if one is killed or gives nothing for PATIENCE seconds."""
     if not workers:
-        yield from map(dataset.__getitems__, chunks)
+        yield from (samples_of(dataset, rows) for rows in chunks)
         return
     crew, waiting, chunks = [], collections.deque(), iter(chunks)
     ahead, masks = min(ahead, 64), hasattr(signal, "pthread_sigmask")  # 64 fit into a pipe
@@ -538,6 +538,12 @@ def load(dataset, chunks, workers, ahead):
             process.kill()
 
 
+def samples_of(dataset, rows):
+    if hasattr(dataset, "__getitems__"):
+        return dataset.__getitems__(rows)
+    return [dataset[i] for i in rows]
+
+
 def work(dataset, pipe, other_end):
     """A loader process: chunks of indices in, samples out, or what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows has no masks
@@ -546,7 +552,7 @@ def work(dataset, pipe, other_end):
         while True:
             rows = pipe.recv()
             try:
-                pipe.send(dataset.__getitems__(rows))
+                pipe.send(samples_of(dataset, rows))
             except Exception as error:
                 pipe.send(error)
 
