@@ -1,64 +1,74 @@
-"""Teaches UniX in the paper's stages (Sec. 3.4, Table 1).
+"""Teaches UniX in the paper's three stages (Sec. 3.4, Table 1).
 
-    python train.py --stage 0      a small autoencoder, where no pretrained one is at hand (--vae)
-    python train.py --stage 1      understanding: reads images, writes reports     (Eq. 1)
+    python train.py --stage 0      a small autoencoder, where no pretrained one is given (--vae)
+    python train.py --stage 1      understanding: reads images, writes reports    (Eq. 1)
     python train.py --stage 2      generation at low resolution, with REPA        (Eq. 2)
     python train.py --stage 3      generation at high resolution
 
-What a stage does not train is frozen: no gradient, not in the optimizer. The same command goes on
-where it was stopped, bit for bit: every random draw depends on (seed, stage, step) alone.
+What a stage does not train is frozen: no gradient, and not in the optimizer. The same command
+resumes a run that was stopped, bit for bit: the random numbers of a step depend on (seed, stage,
+step) alone. In this file: the stages and options, one training step, the loop, what is kept (log,
+checkpoints, caches), and the setting-up.
 """
 
 import argparse
+import copy
 import ctypes
 import hashlib
-import itertools
+import io
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+
+CAPTION_DROPOUT = 0.1       # share of captions that are dropped, for guidance (released code)
+SHORT_CAPTIONS = 0.25       # share of captions that are cut to their impression (ours)
+REPA_DEPTH = 8 / 24         # REPA takes the states after this share of the layers (Sec. 3.4)
+
+
+@dataclass
+class Ours:
+    """What Table 1 does not have. The defaults change nothing."""
+    ema: float = 0.0            # decay of the averaged weights that are saved; 0: no average
+    decay: float = 0.0          # share of the steps, at the end, in which the rate falls to 0
+    muon: float = 0.0           # learning rate of matrices under Muon; 0: AdamW for all
+    images: int = 0             # number of images taken from an endless set; 0: all
+    time_shift: float = 1.0     # of training times to noise; falls to 1 in the last 70% of steps
+    text_only: float = 0.0      # share of reports that stage 1 learns as captions, without an image
 
 
 @dataclass
 class Stage:
     """One column of Table 1."""
-    trains: str             # the branch that learns; all others are frozen
-    pixels: int             # resolution
+    trains: str                 # the branch that is trained; all others are frozen
+    pixels: int                 # resolution
     lr: float
-    warmup: int             # steps of linear warm-up; constant afterwards
+    warmup: int                 # steps in which the rate rises; it is constant afterwards
     steps: int
     batch: int = 256
-    repa: float = 0.0       # weight of the alignment loss
-    ema: float = 0.0        # decay of the averaged weights that are saved; 0: none (ours)
-    decay: float = 0.0      # share of the steps at the end over which the rate falls to 0 (ours)
-    muon: float = 0.0       # learning rate of matrices under Muon; 0: AdamW for all, as the paper
-    images: int = 0          # how many images of an endless set are used; 0: no limit (ours)
-    shift: float = 1.0      # of times towards noise; falls to 1 in the last 70% of steps (ours)
+    repa_weight: float = 0.0
+    ours: Ours = field(default_factory=Ours)
 
 
 STAGES = {
     "unix": {   # Table 1; stage 0 is ours
-        0: Stage("vae", 256, 1e-4, 1000, 50_000, batch=32, ema=0.999),
+        0: Stage("vae", 256, 1e-4, 1000, 50_000, 32, ours=Ours(ema=0.999)),
         1: Stage("understanding", 384, 1e-4, 80, 3_840),
-        2: Stage("generation", 256, 2e-4, 2_000, 75_000, repa=0.5, ema=0.9999),
-        3: Stage("generation", 512, 1e-4, 0, 5_000, ema=0.9999),
+        2: Stage("generation", 256, 2e-4, 2_000, 75_000, repa_weight=0.5, ours=Ours(ema=0.9999)),
+        3: Stage("generation", 512, 1e-4, 0, 5_000, ours=Ours(ema=0.9999)),
     },
-    "tiny": {   # the same in 30 to 55 minutes on two cores; sizes keep the paper's ratios
-        0: Stage("vae", 64, 2e-3, 50, 2_000, batch=2, decay=0.4, muon=0.02),
-        1: Stage("understanding", 96, 2e-3, 50, 4_000, batch=16, decay=0.4, muon=0.005),
-        2: Stage("generation", 64, 2e-3, 50, 5_000, batch=16, repa=0.5, ema=0.998, decay=1.0,
-                 muon=0.02, images=8_192, shift=8.0),
-        3: Stage("generation", 128, 2e-3, 0, 9_000, batch=16, ema=0.998, decay=1.0, muon=0.02,
-                 images=8_192, shift=8.0),
+    "tiny": {   # the same on a laptop; sizes keep the paper's ratios
+        0: Stage("vae", 64, 2e-3, 50, 2_000, 2, ours=Ours(decay=0.4, muon=0.02)),
+        1: Stage("understanding", 96, 2e-3, 50, 4_600, 16,
+                 ours=Ours(decay=0.4, muon=0.005, text_only=0.125)),
+        2: Stage("generation", 64, 2e-3, 50, 5_000, 16, 0.5,
+                 Ours(ema=0.998, decay=1.0, muon=0.02, images=8_192, time_shift=8.0)),
+        3: Stage("generation", 128, 2e-3, 0, 9_000, 16,
+                 ours=Ours(ema=0.998, decay=1.0, muon=0.02, images=8_192, time_shift=8.0)),
     },
 }
 
@@ -70,39 +80,70 @@ PROMPTS = (     # Figure 4: severity, side, several findings
     "Consolidation in the right upper lobe. Small left pleural effusion.")
 
 
-def option(default, text: str, **more):
-    return field(default=default, metadata={"help": text, **more})
+def option(default, text: str, least=None, most=math.inf, stages=(0, 1, 2, 3), choices=None):
+    """A field of Options. `stages`: those in which it has an effect; elsewhere it is refused."""
+    return field(default=default, metadata={"help": text, "least": least, "most": most,
+                                            "stages": stages, "choices": choices})
 
 
 @dataclass
 class Options:
     """What a user can say; `--help` is made from this."""
     stage: int = option(None, "which stage to run: 0, 1, 2 or 3", choices=(0, 1, 2, 3))
-    data: str = option("phantom", "phantom (drawn images, no download) or a data folder")
-    out: str = option(None, "weights folder to write and go on with (default: runs/NAME)")
+    data: str = option("phantom", "phantom (painted X-rays, no download) or a data folder")
+    out: str = option(None, "weights folder to write and to resume (default: runs/NAME)")
     preset: str = option("tiny", "tiny (a laptop) or unix (the paper)", choices=tuple(STAGES))
-    weights: str = option(None, "weights folder to start from: UniX, Janus-Pro, or a run of yours")
-    vae: str = option(None, "autoencoder to use instead of stage 0: CompVis .ckpt or .safetensors")
-    steps: int = option(None, "optimizer steps (default: see --plan)")
-    batch_size: int = option(None, "images a step, over all processes")
-    accumulate: int = option(1, "parts that a batch is worked through in; same result, less memory")
-    lr: float = option(None, "learning rate")
-    repa: str = option(None, "stage 2's alignment: its weight, or a RAD-DINO folder to align with\n"
-                       "(default: 0.5, with the model's own image encoder)")
-    train: str = option("own", "own: only the stage's branch learns; both: Table 5",
+    weights: str = option(None, "weights folder to start from: UniX, Janus-Pro, or a run of yours",
+                          stages=(1, 2, 3))
+    vae: str = option(None, "autoencoder to use instead of stage 0's: CompVis .ckpt or "
+                      ".safetensors", stages=(1, 2, 3))
+    steps: int = option(None, "optimizer steps (default: see --plan)", 1)
+    batch_size: int = option(None, "images a step, over all processes", 1)
+    accumulate: int = option(1, "parts of a batch, one after the other: same result, less memory",
+                             1)
+    lr: float = option(None, "learning rate", 1e-12)
+    repa_weight: float = option(None, "weight of REPA's loss (default: 0.5)", 0, stages=(2,))
+    repa_teacher: str = option(None, "RAD-DINO folder, REPA's teacher (default: the model's own "
+                               "image encoder)", stages=(2,))
+    train: str = option("own", "own: the stage's branch alone; both: Table 5", stages=(2, 3),
                         choices=("own", "both"))
-    mix: str = option("1:1", "with --train both: images that are read : images that are drawn",
-                      choices=("1:1", "1:2", "1:4", "0:1"))
-    share_layers: int = option(0, "first layers that both branches share (from stage 1 or 2 on)")
-    no_context: bool = option(False, "cut the joint attention: images are drawn without text")
+    mix: str = option("1:1", "with --train both: images to read : images to generate",
+                      stages=(2, 3), choices=("1:1", "1:2", "1:4", "0:1"))
+    images: int = option(None, "number of images to learn from (default: all; tiny: 8192 phantoms)",
+                         1, stages=(2, 3))
+    share_layers: int = option(0, "number of first layers that both branches share", 0,
+                               stages=(1, 2))
+    no_context: bool = option(False, "cut the joint attention: latents see no text", stages=(2, 3))
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "fp32", "bf16"))
-    checkpointing: bool = option(False, "recompute activations: less memory, more time")
-    compile: bool = option(False, "torch.compile the layers")
-    workers: int = option(0, "processes that load images")
-    save_every: int = option(200, "steps between checkpoints")
-    sheet_every: int = option(500, "steps between sample sheets")
-    seed: int = option(0, "seed of everything random")
+    checkpointing: bool = option(False, "recompute activations: less memory, more time",
+                                 stages=(1, 2, 3))
+    workers: int = option(0, "processes that load images", 0, 256)
+    save_every: int = option(200, "steps between checkpoints", 1)
+    sheet_every: int = option(500, "steps between sample sheets", 1)
+    seed: int = option(0, "seed of everything random", 0, 2**31 - 1)
     plan: bool = option(False, "print sizes, memory and steps, then stop")
+    memory: float = option(None, "with --plan: GiB of a process (default: this device's)", 0.1)
+    rate: float = option(None, "with --plan: tokens a second, over all processes", 1e-9)
+
+    def problem(self) -> str:
+        """What is wrong with an option, in one line; "" if nothing is."""
+        for f in fields(self):
+            flag, value, m = "--" + f.name.replace("_", "-"), getattr(self, f.name), f.metadata
+            if m["choices"] and value not in m["choices"]:
+                return f"{flag} must be one of {', '.join(map(str, m['choices']))}"
+            if value is not None and m["least"] is not None and not (
+                    m["least"] <= value <= m["most"] and math.isfinite(value)):
+                return f"{flag} must be from {m['least']} to {m['most']}, not {value}"
+            if value != f.default and self.stage not in m["stages"]:
+                return (f"{flag} does nothing in stage {self.stage}, only in "
+                        f"{', '.join(map(str, m['stages']))}: leave it out")
+        if self.mix != "1:1" and self.train != "both":
+            return "--mix does nothing without --train both: add that, or leave it out"
+        if (self.memory or self.rate) and not self.plan:
+            return "--memory and --rate do nothing without --plan: add that, or leave them out"
+        if self.repa_teacher and self.repa_weight == 0:
+            return "--repa-teacher does nothing where --repa-weight is 0: leave one out"
+        return ""
 
 
 def parse(argv=None) -> Options:
@@ -110,19 +151,17 @@ def parse(argv=None) -> Options:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     for f in fields(Options):
-        text, more = f.metadata["help"], {k: v for k, v in f.metadata.items() if k != "help"}
+        text, more = f.metadata["help"], {"choices": f.metadata["choices"]}
         if f.type is bool:
-            more["action"] = "store_true"
+            more = {"action": "store_true"}
         else:
             more.update(type=f.type, default=f.default)
             text += "" if f.default is None else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=text, **more)
     options = Options(**vars(parser.parse_args(argv)))
-    if options.stage is None:
-        parser.error("say which stage: --stage 0 (autoencoder), 1 (reports), 2 or 3 (images)")
-    for name in ("steps", "batch_size", "accumulate", "save_every", "sheet_every", "lr"):
-        if getattr(options, name) is not None and getattr(options, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive")
+    problem = options.problem()
+    if problem:
+        parser.error(problem)
     return options
 
 
@@ -130,482 +169,349 @@ OPTIONS = parse() if __name__ == "__main__" else None    # --help answers before
 
 import numpy as np                                        # noqa: E402
 import torch                                              # noqa: E402
-import torch.nn.functional as F                           # noqa: E402
+import torch.distributed as dist                          # noqa: E402
 from torch import Tensor, nn                              # noqa: E402
 from PIL import Image, ImageDraw                          # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
-from ar import Tokenizer, vit_pixels                                  # noqa: E402
-from data import (UserError, atomic, batches, open_data, sheet)  # noqa: E402
-from diffusion import VAE, repa_loss, sample_time, to_uint8, vae_pixels          # noqa: E402
+from ar import Tokenizer, vit_pixels                      # noqa: E402
+from data import (UserError, atomic, batches, impression, kill_workers, load,  # noqa: E402
+                  open_data, plain_streams, sheet)
+from diffusion import (VAE, path, repa_loss, sample_time, to_uint8, vae_pixels,  # noqa: E402
+                       velocity_from_x0, velocity_loss)
 from joint_attn import Context                            # noqa: E402
-from unix import (INSTRUCTIONS, PRESETS, SPECIAL, Config, UniX, load_rad_dino,  # noqa: E402
+from unix import (INSTRUCTIONS, PRESETS, SPECIAL, UniX, load_rad_dino,  # noqa: E402
                   load_vae, save_vae)
 
 
-class Processes:
-    """One process, or those that torchrun started. Gradients are summed over them by hand."""
-
-    def __init__(self):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = "mps" if torch.backends.mps.is_available() and self.world == 1 else "cpu"
-        if torch.cuda.is_available():
-            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            torch.cuda.set_device(self.device)
-        if self.world > 1:
-            torch.distributed.init_process_group("nccl" if "cuda" in self.device else "gloo")
-
-    def total(self, x: Tensor) -> Tensor:
-        """Sum of a tensor over the processes."""
-        if self.world > 1:
-            torch.distributed.all_reduce(x)
-        return x
-
-    def sum_gradients(self, parameters: list):
-        if self.world > 1:
-            flat = self.total(torch.cat([p.grad.flatten() for p in parameters]))
-            for p, g in zip(parameters, flat.split([p.numel() for p in parameters])):
-                p.grad.copy_(g.view_as(p))
-
-    @contextmanager
-    def first(self):
-        """Rank 0 goes through first, then the others, who find its files."""
-        if self.world > 1 and self.rank:
-            torch.distributed.barrier()
-        yield
-        if self.world > 1 and not self.rank:
-            torch.distributed.barrier()
-
-
-def side_by_side(device: str) -> tuple[int, Callable]:
-    """How many things a CPU works on at once, in threads, and the `map` that does so (ours): a
-    small tensor gains less from a second thread than two do from a thread of their own."""
-    threads = torch.get_num_threads()
-    if device != "cpu" or threads == 1:
-        return 1, map
-    n = min(threads, 4)
-    return n, ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(threads // n,)).map
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by three Newton-Schulz steps (Jordan 2024), in fp32;
-    torch.optim.Muon runs them in bf16, which many CPUs emulate, and takes no convolutions."""
-
-    def __init__(self, parameters, lr: float, momentum: float = 0.95, run=map):
-        """`run`: map(function, parameters), or one that works on several at once."""
-        super().__init__(parameters, {"lr": lr, "momentum": momentum})
-        self.run = run
-
-    def step(self):
-        for group in self.param_groups:
-            moved = [p for p in group["params"] if p.grad is not None]
-            for _ in self.run(partial(self.move, group), moved):
-                pass
-
-    @torch.no_grad()
-    def move(self, group: dict, p: Tensor):
-        state, momentum = self.state[p], group["momentum"]
-        mean = state.setdefault("mean", torch.zeros_like(p)).lerp_(p.grad, 1 - momentum)
-        update = orthogonal(p.grad.lerp(mean, momentum).flatten(1))
-        ratio = max(1, update.shape[0] / update.shape[1]) ** 0.5
-        p.add_(update.view_as(p), alpha=-group["lr"] * ratio)
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """Nearly orthogonal matrix with the singular vectors of x (m, n). Works on the smaller of the
-    two Gram matrices: x <- p(x xT) x again and again is one product of polynomials p times x."""
-    if x.shape[0] > x.shape[1]:
-        return orthogonal(x.T).T
-    x = x / (x.norm() + 1e-7)
-    gram, product = x @ x.T, None
-    for _ in range(3):
-        if product is not None:
-            gram = p @ gram @ p
-        p = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        p.diagonal().add_(3.4445)
-        product = p if product is None else p @ product
-    return product @ x
-
-
-def read_checkpoint(file: Path, device="cpu") -> dict:
-    """What a stage has saved; a finished one has no "learns". Raises UserError."""
-    try:
-        return torch.load(file, map_location=device, weights_only=True)
-    except Exception as e:      # torch has no common class for a broken file
-        problem = f"{file} is broken ({str(e)[:50]}); delete it to start over"
-        raise UserError(problem) from None
-
-
-def digest(module: nn.Module | None) -> str:
-    """Fingerprint of a module's weights."""
-    found = hashlib.sha1()
-    for v in module.state_dict().values() if module else ():
-        found.update(v.detach().cpu().float().numpy().tobytes())
-    return found.hexdigest()
-
-
-class Latents:
-    """An image set seen through the frozen autoencoder: moments [mean | log variance] of all,
-    and the alignment teacher's features of it, computed once and kept beside the run. The cache
-    knows what it was made from, and is made again when images, size, autoencoder or teacher change.
-    """
-
-    def __init__(self, source, count: int, model: UniX, teacher, folder: Path, images=None,
-                 begun=False):
-        """`images`: the same images at the image encoder's size, where these are wanted too.
-        `begun`: the stage is under way, and its teacher has learned since (--train both)."""
-        self.source, self.folder, self.stem = source, folder, f"latents-{source.size}"
-        self.images = images
-        origin = [source.fingerprint(), count, digest(model.vae), digest(teacher)]
-        about = folder / f"{self.stem}.json"
-        known = json.loads(about.read_text()) if about.exists() else {}
-        if begun and "origin" in known and self.file("features").exists():
-            origin[-1] = known["origin"][-1]
-        if known.get("origin") != origin:
-            about.unlink(missing_ok=True)
-            known = {"origin": origin, "texts": self.build(count, model, teacher)}
-            with atomic(about) as temporary:
-                temporary.write_text(json.dumps(known))
-        self.texts = known["texts"]
-        self.maps = {k: np.load(self.file(k), mmap_mode="r") for k in ("moments", "features")
-                     if self.file(k).exists()}
-
-    def file(self, kind: str) -> Path:
-        return self.folder / f"{self.stem}.{kind}.npy"
-
-    def build(self, count: int, model: UniX, teacher) -> list:
-        """Fills the memory maps; returns the texts [report, caption] of the images."""
-        self.file("features").unlink(missing_ok=True)       # those of another teacher
-        texts, maps, (lanes, run) = [], {}, side_by_side(str(model.device))
-
-        @torch.no_grad()
-        def see(rows: range) -> tuple[list, dict]:
-            samples = self.source.__getitems__(rows)
-            if any(f["image"] is None for f in samples):
-                return samples, {}                       # so many are broken that account() raises
-            images = torch.from_numpy(np.stack([f["image"] for f in samples])).to(model.device)
-            out = {"moments": model.vae.moments(vae_pixels(images))}
-            return samples, out | ({"features": teacher.patches(images)} if teacher else {})
-
-        parts = [range(i, min(i + 8, count)) for i in range(0, count, 8)]   # a CPU's caches hold 8
-        bar = tqdm(total=count, desc=f"latents at {self.source.size} px", unit="image")
-        for some in (parts[i:i + lanes] for i in range(0, len(parts), lanes)):
-            for samples, out in run(see, some):
-                self.source.account(samples)
-                for k, v in out.items():
-                    if k not in maps:
-                        maps[k] = np.lib.format.open_memmap(self.file(k), "w+", np.float16,
-                                                            (count, *v.shape[1:]))
-                    maps[k][len(texts):len(texts) + len(samples)] = v.cpu().numpy()
-                texts += [[f["report"], f["caption"]] for f in samples]
-                bar.update(len(samples))
-        bar.close()
-        for written in maps.values():
-            written.flush()
-        return texts
-
-    def account(self, samples: list):
-        """Nothing can be broken here any more."""
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, i: int) -> dict:
-        report, caption = self.texts[i]
-        sample = {"index": i, "report": report, "caption": caption,
-                  **{k: v[i].astype(np.float32) for k, v in self.maps.items()}}
-        return sample if self.images is None else sample | {"image": self.images[i]["image"]}
-
-
-class Contexts:
-    """What the frozen understanding branch reads of captions, each whole and as its `excerpt`: kept
-    in memory as fp16, so that no step reads one again (ours)."""
-
-    def __init__(self, model: UniX, captions: list[str]):
-        c = model.config
-        ids = [model.ids(text) for caption in captions for text in (caption, excerpt(caption))]
-        length = [len(i) + 2 for i in ids]              # with BOS and EOS
-        self.begin = [0, *itertools.accumulate(length)]
-        self.kv = torch.empty(self.begin[-1], c.layers, 2, c.kv_heads, c.head_dim,
-                              dtype=torch.float16)      # a token is a row
-
-        @torch.no_grad()
-        def read(rows: list[int]):
-            context = model.read_captions([ids[i] for i in rows])
-            kv = torch.stack([torch.stack(pair) for pair in context.kv])  # (layers, 2, b, g, l, k)
-            for own, i in zip(kv.permute(2, 4, 0, 1, 3, 5).cpu(), rows):
-                self.kv[self.begin[i]:self.begin[i + 1]] = own[:length[i]]
-        order = torch.tensor(length).argsort(stable=True)       # a batch has little padding
-        for _ in side_by_side(str(model.device))[1](read, [x.tolist() for x in order.split(16)]):
-            pass
-
-    @staticmethod
-    def size(c: Config, tokens: float) -> float:
-        """Bytes of so many tokens; 0: it would be a gigabyte or more, so none are kept."""
-        n = tokens * c.layers * c.kv_heads * c.head_dim * 4
-        return n if n < 2**30 else 0
-
-    def of(self, images: Tensor, cut: Tensor, device) -> Context:
-        """The Context of the captions of `images` (b,), or of excerpts where `cut` (b,) is True."""
-        rows = (2 * images + cut).tolist()
-        own = [self.kv[self.begin[i]:self.begin[i + 1]] for i in rows]
-        length = torch.tensor([len(part) for part in own], device=device)
-        kv = nn.utils.rnn.pad_sequence(own, True).to(device).float().permute(2, 3, 0, 4, 1, 5)
-        return Context([*map(tuple, kv)], length, length, bool((length < kv.shape[4]).any()))
+# ---------------------------------------------------------------- one training step
 
 
 class Trainer:
-    """One stage of one run."""
+    """One stage of one run. `train_step` is the algorithm; all else serves it."""
 
-    def __init__(self, options: Options, stage: Stage, model, data, procs: Processes, out: Path):
-        self.options, self.stage, self.model, self.out = options, stage, model, out
-        self.data, self.procs, self.device = data, procs, procs.device
-        self.step, self.stop = 0, torch.zeros((), device=self.device)
-        self.file = out / f"stage{options.stage}.pt"
-        self.settings = {k: v for k, v in asdict(options).items() if k in (
-            "data", "preset", "accumulate", "train", "mix", "share_layers", "no_context", "seed")}
-        self.settings.update(steps=stage.steps, batch=stage.batch, lr=stage.lr,
-                             repa=alignment(options)[1] or stage.repa)
+    def __init__(self, options: Options, stage: Stage, model, data, procs: "Processes", out: Path):
+        """`model`: a UniX, or in stage 0 a VAE; `data`: what `stream` takes batches from."""
+        self.options, self.stage, self.model, self.data = options, stage, model, data
+        self.procs, self.out, self.device = procs, out, procs.device
+        self.file, self.step, self.saved_step = out / f"stage{options.stage}.pt", 0, 0
+        self.waiting, self.by_time = False, []              # for a batch; flow losses and times
         self.vae = model if stage.trains == "vae" else model.vae
-        if stage.trains == "understanding":
-            self.image_tokens = (model.config.vit_image // model.config.vit_patch) ** 2
-        else:
-            side = stage.pixels // self.vae.factor
-            self.image_tokens = side ** 2 if model is self.vae else math.prod(
-                model.grid(side, side))
-        self.projector, self.both, self.contexts = None, options.train == "both", None
-        self.learns = self.choose()
-        self.average = None
-        if stage.ema:
-            self.average = {k: p.detach().clone() for k, p in self.learns.items()}
-        self.threads = torch.get_num_threads()
-        self.lanes, self.map = (1, map) if options.compile else side_by_side(self.device)
-        self.optimizers = self.choose_optimizers()
+        self.weights = digest(model) if options.weights else ""     # what it starts from
+        self.both = options.train == "both"
+        self.projector, self.captions, self.stop = None, None, torch.zeros((), device=self.device)
+        if stage.trains != "vae":
+            self.captions = CaptionCache(model)
+            model.lm.tower.checkpointing = options.checkpointing
+        self.trainable = self.freeze_all_but(stage.trains)
+        self.shown = self.averaged_copy() if stage.ours.ema else model
+        self.optimizers = self.make_optimizers()
         fast = "cuda" in self.device or torch.cpu._is_avx512_bf16_supported() and (
             stage.trains == "vae" or model.config.width >= 512)     # small matrices are slower
-        bf16 = options.precision == "bf16" or options.precision == "auto" and fast
-        self.cast = lambda: torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=bf16)
-        if stage.trains != "vae":
-            model.lm.tower.checkpointing = options.checkpointing
-            for layer in model.lm.tower.layers if options.compile else ():
-                layer.read, layer.denoise = torch.compile(layer.read), torch.compile(layer.denoise)
+        self.bf16 = options.precision == "bf16" or options.precision == "auto" and fast
 
-    def choose(self) -> dict[str, nn.Parameter]:
-        """Freezes everything, then frees what this stage trains (Table 1)."""
-        model, stage = self.model, self.stage
-        model.requires_grad_(False)
-        if stage.trains == "vae":
-            learns = dict(model.named_parameters())
+    def freeze_all_but(self, branch: str) -> dict[str, nn.Parameter]:
+        """Freezes everything, then frees the branch that this stage trains (Table 1)."""
+        self.model.requires_grad_(False)
+        if branch == "vae":
+            trainable = dict(self.model.named_parameters())
         else:
-            names = {stage.trains, *(["understanding", "generation"] if self.both else [])}
-            learns = {k: p for name in sorted(names) for k, p in model.branch(name).items()}
-        if stage.repa:
-            d, d_teacher = model.config.width, self.data.maps["features"].shape[-1]
+            names = ["understanding", "generation"] if self.both else [branch]
+            trainable = {k: p for name in names for k, p in self.model.branch(name).items()}
+        if self.stage.repa_weight:                          # REPA's projector, three layers
+            d, d_teacher = self.model.config.width, self.data.maps["features"].shape[-1]
             torch.manual_seed(self.options.seed)
             self.projector = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU(),
                                            nn.Linear(d, d_teacher)).to(self.device)
-            learns |= {f"projector.{k}": p for k, p in self.projector.named_parameters()}
-        for p in learns.values():
+            trainable |= {f"projector.{k}": p for k, p in self.projector.named_parameters()}
+        for p in trainable.values():
             p.requires_grad_(True)
-        return learns
+        return trainable
 
-    def choose_optimizers(self) -> list:
-        """AdamW(0.9, 0.95, eps 1e-15) without weight decay (Sec. 3.4). `tiny` gives the matrices
-        inside the networks to Muon instead, which needs fewer steps."""
-        outside = ("embed_tokens", "lm_head", "pos_embed", "projector.4", "llm2vae")
-        matrices = {k: p for k, p in self.learns.items()
-                    if self.stage.muon and p.dim() > 1 and not any(word in k for word in outside)}
-        rest = [p for k, p in self.learns.items() if k not in matrices]
-        found = [torch.optim.AdamW(rest, self.stage.lr, (0.9, 0.95), eps=1e-15, weight_decay=0,
+    def averaged_copy(self) -> nn.Module:
+        """A copy of the model for the averaged weights; what is frozen is shared, not copied."""
+        frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+        return copy.deepcopy(self.model, frozen)
+
+    def average(self) -> dict[str, Tensor]:
+        """The averaged weights by name; {} if none are kept."""
+        if self.shown is self.model:
+            return {}
+        return {k: p.detach() for k, p in self.shown.named_parameters() if k in self.trainable}
+
+    def make_optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW without weight decay (Table 1). `tiny` gives the matrices inside the networks to
+        Muon instead, which needs fewer steps."""
+        ends = ("embed_tokens", "lm_head", "pos_embed", "projector.4", "llm2vae")
+        matrices = [k for k, p in self.trainable.items() if self.stage.ours.muon and p.dim() > 1
+                    and not any(name in k for name in ends)]
+        others = [p for k, p in self.trainable.items() if k not in matrices]
+        found = [torch.optim.AdamW(others, self.stage.lr, (0.9, 0.95), eps=1e-15, weight_decay=0,
                                    fused=True)]
-        return found + [Muon(matrices.values(), self.stage.muon, run=self.map)] * bool(matrices)
-
-    # ------------------------------------------------------------ one step
-
-    def read_captions(self):
-        """Reads all captions once, where understanding is frozen and there is room for it."""
-        if self.stage.trains == "generation" and not self.both and not self.options.no_context:
-            captions = [caption for _, caption in self.data.texts]
-            tokens = sum(map(len, captions)) / 3        # four letters each, and those of excerpts
-            if Contexts.size(self.model.config, tokens):
-                self.contexts = Contexts(self.model, captions)
-
-    def draws(self, k: int) -> dict[str, Tensor]:
-        """All randomness of step k, for the whole batch and on the CPU, so that neither a restart,
-        nor the number of processes, nor accumulation changes it."""
-        o, b = self.options, self.stage.batch
-        rng = torch.Generator().manual_seed((o.seed * 10 + o.stage) * 10**9 + k)
-        shift = self.stage.shift ** min(1.0, (1 - k / self.stage.steps) / 0.7)
-        draw = {"keep": torch.rand(b, generator=rng), "time": sample_time(b, rng, shift),
-                "prompt": torch.randint(len(INSTRUCTIONS), (b,), generator=rng)}
-        if self.stage.trains != "understanding":
-            side = self.stage.pixels // self.vae.factor * (2 if self.stage.trains == "vae" else 1)
-            shape = (b, self.vae.channels, side, side)
-            draw |= {name: torch.randn(shape, generator=rng) for name in ("eps", "z")}
-            draw["cut"] = torch.rand(b, generator=rng) < 0.25
-        share = [int(n) for n in o.mix.split(":")]
-        reads = round(b * share[0] / sum(share)) if self.both else b
-        draw["reads"] = torch.arange(b) < reads
-        return draw
-
-    def terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
-        """Summed loss terms of some images."""
-        if self.stage.trains == "vae":
-            return self.vae_terms(batch, draw)
-        if not self.both:
-            return (self.report_terms if self.stage.trains == "understanding"
-                    else self.flow_terms)(batch, draw)
-        found, split = {}, draw["reads"]
-        for rows, terms in ((split, self.report_terms), (~split, self.flow_terms)):
-            if rows.any():
-                found |= terms(pick_rows(batch, rows), pick_rows(draw, rows))
+        if matrices:
+            found.append(Muon([self.trainable[k] for k in matrices], self.stage.ours.muon))
         return found
 
-    def vae_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
-        """Reconstruction error and a light pull of the latents towards N(0, 1) (ours)."""
-        pixels = vae_pixels(batch["image"].to(self.device))
-        mean, logvar = self.vae.moments(pixels).chunk(2, dim=1)
-        logvar = logvar.clamp(-30, 20)
-        z = draw["z"][..., :mean.shape[2], :mean.shape[3]].to(self.device)
-        image = self.vae.decoder(self.vae.post_quant_conv(
-            mean + z * (0.5 * logvar).exp()))
-        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
-        return {"mse": (image - pixels).square().flatten(1).mean(1).sum(),
-                "kl": kl.flatten(1).mean(1).sum()}
-
-    def report_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
-        """Eq. 1, summed over the reports' tokens."""
-        prompts = [self.model.ids(INSTRUCTIONS[i]) for i in draw["prompt"].tolist()]
-        pixels = vit_pixels(batch["image"].to(self.device))
-        reports = [self.model.ids(r) for r in batch["report"]]
-        total, _ = self.model.understanding_loss(pixels, prompts, reports)
-        return {"text": total}
-
-    def flow_terms(self, batch: dict, draw: dict) -> dict[str, Tensor]:
-        """Eq. 2 and the alignment of stage 2, summed over images."""
-        model, device = self.model, self.device
-        x0 = self.vae.latents(batch["moments"].to(device), draw["z"].to(device))
-        frozen = not self.both
-        repa_layer = round(model.config.layers * 8 / 24) if self.projector else 0
-        context, dropped = None, draw["keep"].to(device) < 0.1      # for guidance
-        with torch.set_grad_enabled(not frozen):    # frozen understanding: no gradient, no graph
-            if self.contexts:
-                context = self.contexts.of(batch["index"], draw["cut"], device)
-            elif not self.options.no_context:
-                context = model.read_captions([model.ids(excerpt(c) if cut else c)
-                                      for c, cut in zip(batch["caption"], draw["cut"])])
-            context = context.drop(dropped) if context else None
-        loss, states = model.flow_loss(x0, context, draw["time"].to(device),
-                                       draw["eps"].to(device), frozen, repa_layer)
-        found = {"flow": loss.sum()}
-        self.by_time.append((draw["time"], loss.detach().cpu()))
-        if self.projector:
-            found["repa"] = align(self.projector(states), batch["features"].to(device),
-                                  model.grid(*x0.shape[2:]))
-        return found
-
-    def weights(self, batch: dict, draw: dict) -> dict[str, float]:
-        """What each summed term is multiplied with: its weight over its count in the batch."""
-        tokens = 0
-        if self.stage.trains == "understanding" or self.both:
-            tokens = sum(len(self.model.ids(r)) + 1 for r, reads in zip(batch["report"],
-                                                                        draw["reads"]) if reads)
-        images = int((~draw["reads"]).sum()) if self.both else len(draw["reads"])
-        counts = torch.tensor([tokens, images], device=self.device)
-        tokens, images = self.procs.total(counts).tolist()
-        self.tokens = tokens
-        if self.stage.trains == "vae":
-            self.tokens += images * batch["image"][0].numel() // self.vae.factor ** 2
-        elif self.stage.trains == "generation":
-            self.tokens += images * self.image_tokens
-        return {"text": 1 / max(tokens, 1), "flow": 1 / max(images, 1), "mse": 1 / images,
-                "repa": self.stage.repa / max(images, 1), "kl": 1e-5 / images}
-
-    def one_step(self, batch: dict) -> dict[str, float]:
-        """Forward and backward in parts, on a CPU side by side in lanes, then clip, update.
-        Returns what the log shows."""
-        torch.set_num_threads(max(1, self.threads // self.lanes))   # of this thread, until the end
-        k, b = self.step, self.stage.batch
-        mine = slice(b * self.procs.rank // self.procs.world,
-                     b * (self.procs.rank + 1) // self.procs.world)
-        draw = {name: v[mine] for name, v in self.draws(k).items()}
-        self.by_time, weights, logged = [], self.weights(batch, draw), {}
-        texts = [""] * len(draw["keep"])                # an image is work, and so is its text
-        if self.stage.trains != "vae":
-            texts = batch["report" if self.stage.trains == "understanding" else "caption"]
-        rows = even_parts(texts, 12 * self.image_tokens, self.options.accumulate * self.lanes)
-        for terms, grads in self.map(partial(self.part, batch, draw, weights), rows):
-            for name, v in terms.items():
-                logged[name] = logged.get(name, 0) + v * weights[name]
-            for p, g in zip(self.learns.values(), grads):
-                if g is not None:
-                    p.grad = g if p.grad is None else p.grad + g
-        learned = [p for p in self.learns.values() if p.grad is not None]
-        self.procs.sum_gradients(learned)
+    def train_step(self, batch: dict) -> dict[str, float]:
+        """One step on this process's rows of a batch -> what the log shows. Raises UserError."""
+        random, logged = self.randomness(self.step), {}
+        weights = self.loss_weights(batch, random)
+        self.by_time = []
+        for rows in torch.arange(len(random["time"])).chunk(self.options.accumulate):
+            with torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16):
+                sums = self.losses(pick_rows(batch, rows), pick_rows(random, rows))
+                loss = sum(weights[k] * v for k, v in sums.items())
+            loss.backward()
+            for k, v in sums.items():
+                logged[k] = logged.get(k, 0) + weights[k] * v.detach()
+        self.procs.sum_gradients(self.trainable.values())
+        learned = [p for p in self.trainable.values() if p.grad is not None]
         norm = nn.utils.clip_grad_norm_(learned, 1.0)
-        names = list(logged)
-        values = self.procs.total(torch.stack([*logged.values()])).tolist()
-        if not all(map(math.isfinite, [*values, float(norm)])):
-            kept = f"last good checkpoint: {self.file}" if self.file.exists() else "nothing saved"
-            raise UserError(f"step {k}: the loss is not finite ({dict(zip(names, values))}) at "
-                            f"learning rate {self.rate(k):.2e}; {kept}. Try a lower --lr")
+        logged = dict(zip(logged, self.procs.total(torch.stack([*logged.values()])).tolist()))
+        self.check_finite(logged | {"grad": norm.item()})
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = optimizer.defaults["lr"] * self.rate(k) / self.stage.lr
+                group["lr"] = optimizer.defaults["lr"] * self.rate(self.step)
             optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        if self.average:
-            decay = min(self.stage.ema, (1 + k) / (10 + k))
-            torch._foreach_lerp_(list(self.average.values()),
-                                 [p.detach() for p in self.learns.values()], 1 - decay)
-        torch.set_num_threads(self.threads)
-        return dict(zip(names, values)) | {"grad": float(norm), "tokens": self.tokens}
+        decay = min(self.stage.ours.ema, self.step / (self.step + 9))
+        for k, p in self.average().items():
+            p.lerp_(self.trainable[k].detach(), 1 - decay)
+        return logged | {"grad": norm.item()}
 
-    def part(self, batch: dict, draw: dict, weights: dict, rows: Tensor) -> tuple[dict, tuple]:
-        """Loss terms of some images of a batch, and the gradients of what learns (None: unused)."""
-        with self.cast():
-            terms = self.terms(pick_rows(batch, rows), pick_rows(draw, rows))
-            loss = sum(v * weights[name] for name, v in terms.items())
-        grads = torch.autograd.grad(loss, [*self.learns.values()], allow_unused=True)
-        return {name: v.detach() for name, v in terms.items()}, grads
+    def randomness(self, step: int) -> dict[str, Tensor]:
+        """All random numbers of a step, for this process's rows. They are drawn for the whole batch
+        and on the CPU: no restart, no number of processes and no accumulation changes them."""
+        o, b = self.options, self.stage.batch
+        rng = torch.Generator().manual_seed((o.seed * 10 + o.stage) * 10**9 + step)
+        shift = self.stage.ours.time_shift ** min(1.0, (1 - step / self.stage.steps) / 0.7)
+        random = {"drop": torch.rand(b, generator=rng) < CAPTION_DROPOUT,
+                  "time": sample_time(b, rng, shift),
+                  "prompt": torch.randint(len(INSTRUCTIONS), (b,), generator=rng),
+                  "alone": torch.rand(b, generator=rng) < self.stage.ours.text_only}
+        if self.stage.trains != "understanding":
+            side = self.stage.pixels // self.vae.factor * (2 if self.stage.trains == "vae" else 1)
+            for name in ("eps", "z"):
+                random[name] = torch.randn(b, self.vae.channels, side, side, generator=rng)
+            random["short"] = torch.rand(b, generator=rng) < SHORT_CAPTIONS
+        read, generated = map(int, o.mix.split(":"))
+        reads = round(b * read / (read + generated)) if self.both else b
+        random["reads"] = torch.arange(b) < reads
+        rank, world = self.procs.rank, self.procs.world
+        return {k: v[b * rank // world:b * (rank + 1) // world] for k, v in random.items()}
 
-    def rate(self, k: int) -> float:
-        """Learning rate of step k: linear warm-up, constant, and for `tiny` a linear fall."""
+    def losses(self, batch: dict, random: dict) -> dict[str, Tensor]:
+        """The summed losses of some rows of a batch."""
+        if self.stage.trains == "vae":
+            return self.vae_losses(batch, random)
+        if not self.both:
+            understanding = self.stage.trains == "understanding"
+            return (self.report_losses if understanding else self.flow_losses)(batch, random)
+        found, reads = {}, random["reads"]                  # Table 5
+        for rows, losses in ((reads, self.report_losses), (~reads, self.flow_losses)):
+            if rows.any():
+                found |= losses(pick_rows(batch, rows), pick_rows(random, rows))
+        return found
+
+    def report_losses(self, batch: dict, random: dict) -> dict[str, Tensor]:
+        """Eq. 1, summed over the tokens of the reports. Some reports (ours) are read as captions
+        are in stages 2 and 3: alone, without an image. The paper's language model knows text."""
+        prompts = [self.model.ids(INSTRUCTIONS[i]) for i in random["prompt"].tolist()]
+        reports = [self.model.ids(text) for text in batch["report"]]
+        alone, total = random["alone"], 0
+        for rows in (~alone).nonzero()[:, 0], alone.nonzero()[:, 0]:
+            if len(rows):
+                pixels = vit_pixels(batch["image"][rows].to(self.device))
+                total = total + self.model.understanding_loss(
+                    *((None, None) if alone[rows[0]] else (pixels, [prompts[i] for i in rows])),
+                    [reports[i] for i in rows])[0]
+        return {"text": total}
+
+    def flow_losses(self, batch: dict, random: dict) -> dict[str, Tensor]:
+        """Eq. 2 and, in stage 2, REPA's loss, summed over images."""
+        model, frozen = self.model, not self.both
+        random = {k: v.to(self.device) for k, v in random.items()}
+        x0 = self.vae.latents(batch["moments"].to(self.device), random["z"])
+        context, repa_layer = None, 0
+        if not self.options.no_context:
+            texts = [impression(c) if short else c
+                     for c, short in zip(batch["caption"], random["short"].tolist())]
+            context = (self.captions.context(texts) if frozen else
+                       model.read_captions([model.ids(text) for text in texts]))
+            context = context.drop(random["drop"])
+        if self.projector:
+            repa_layer = round(model.config.layers * REPA_DEPTH)
+        flow, states = model.flow_loss(x0, context, random["time"], random["eps"], frozen,
+                                       repa_layer)
+        self.by_time.append((random["time"], flow.detach()))
+        if not self.projector:
+            return {"flow": flow.sum()}
+        repa = repa_loss(self.projector(states), batch["features"].to(self.device),
+                         model.grid(*x0.shape[2:]))
+        return {"flow": flow.sum(), "repa": repa.sum()}
+
+    def vae_losses(self, batch: dict, random: dict) -> dict[str, Tensor]:
+        """Reconstruction error, and a light pull of the latents to N(0, 1) (ours)."""
+        pixels = vae_pixels(batch["image"].to(self.device))
+        mean, logvar = self.vae.moments(pixels).chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)
+        z = mean + random["z"][..., :mean.shape[2], :mean.shape[3]].to(self.device) * (
+            0.5 * logvar).exp()
+        error = self.vae.decoder(self.vae.post_quant_conv(z)) - pixels
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar)
+        return {"mse": error.square().flatten(1).mean(1).sum(),
+                "kl": kl.flatten(1).mean(1).sum()}
+
+    def loss_weights(self, batch: dict, random: dict) -> dict[str, float]:
+        """The factor of each summed loss: its weight over its count in the whole batch."""
+        reads, tokens = random["reads"], 0
+        if self.both or self.stage.trains == "understanding":
+            tokens = sum(len(self.model.ids(text)) + 1
+                         for text, read in zip(batch["report"], reads) if read)
+        images = int((~reads).sum()) if self.both else len(reads)
+        counts = self.procs.total(torch.tensor([tokens, images], device=self.device))
+        tokens, images = counts.clamp(min=1).tolist()
+        return {"text": 1 / tokens, "flow": 1 / images, "mse": 1 / images,
+                "repa": self.stage.repa_weight / images, "kl": 1e-5 / images}
+
+    def rate(self, step: int) -> float:
+        """Share of the learning rate at a step: linear warm-up, then constant; `tiny` falls to 0
+        at the end."""
         s = self.stage
-        rise = min(1.0, (k + 1) / s.warmup) if s.warmup else 1.0
-        fall = min(1.0, (s.steps - k) / (s.decay * s.steps)) if s.decay else 1.0
-        return s.lr * min(rise, fall)
+        rise = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
+        fall = min(1.0, (s.steps - step) / (s.ours.decay * s.steps)) if s.ours.decay else 1.0
+        return min(rise, fall)
+
+    def check_finite(self, logged: dict):
+        if not all(map(math.isfinite, logged.values())):
+            kept = f"last good checkpoint: {self.file}" if self.file.exists() else "nothing saved"
+            raise NotFinite(f"step {self.step}: the loss is not finite ({logged}); {kept}. Try a "
+                            f"lower --lr than {self.stage.lr}")
+
+    # ------------------------------------------------------------ the loop
+
+    def stream(self):
+        """Batches from this step on. Stage 0 takes fifteen batches of images at its resolution,
+        then one of images twice as large."""
+        def start(data, step):
+            return batches(data, self.stage.batch, self.options.seed, step, self.options.workers,
+                           self.procs.rank, self.procs.world)
+        if self.stage.trains != "vae":
+            yield from start(self.data, self.step)
+        large = self.step // 16
+        small, large = start(self.data[0], self.step - large), start(self.data[1], large)
+        for step in range(self.step, self.stage.steps):
+            yield next(large if step % 16 == 15 else small)
+
+    def fit(self):
+        """Trains to the last step. Ctrl-C, SIGTERM, a full disk, a dead loader process: what was
+        learned is saved first. Raises Stopped and UserError."""
+        handlers = {kind: signal.signal(kind, self.interrupt)
+                    for kind in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            self.loop()
+        except NotFinite:
+            raise
+        except (UserError, OSError) as e:
+            if self.step > self.saved_step:
+                self.save_checkpoint()
+            raise UserError(f"{e}; step {self.saved_step} is saved: the same command resumes"
+                            ) from None
+        except KeyboardInterrupt:           # while it waited for a batch
+            pass
+        finally:
+            for kind, handler in handlers.items():
+                signal.signal(kind, handler)
+        if self.step < self.stage.steps:
+            self.save_checkpoint()
+            raise Stopped(f"stopped at step {self.step} and saved; the same command resumes")
+
+    def interrupt(self, *_):
+        """On a signal: this step is the last, or none, while it only waits for a batch."""
+        self.stop.fill_(1)
+        if self.waiting and self.procs.world == 1:
+            raise KeyboardInterrupt
+
+    def loop(self):
+        o, s, first = self.options, self.stage, self.procs.rank == 0
+        log = Log(self.out / "log.jsonl", o.stage) if first else None
+        stream = self.stream()
+        with progress(s.steps, initial=self.step, desc=f"stage {o.stage}", unit="step",
+                      disable=not first) as bar:
+            while self.step < s.steps and not self.procs.total(self.stop):
+                self.waiting = True
+                batch = next(stream)
+                self.waiting = False
+                logged = self.train_step(batch)
+                bar.set_postfix_str(" ".join(f"{k} {v:.3f}" for k, v in logged.items()), False)
+                bar.update()
+                last = self.step == s.steps
+                if first:
+                    rate = {"lr": s.lr * self.rate(self.step - 1)}
+                    log.add(self.step, logged | rate, self.by_time, last)
+                if last or self.step % o.save_every == 0:
+                    self.save_checkpoint()
+                if first and (last or self.step % o.sheet_every == 0):
+                    self.write_sheet()
+                    plot_curves(log.rows(), self.out / "curves.png")
+
+    @torch.no_grad()
+    def write_sheet(self):
+        """Writes a PNG that shows what the stage has learned so far."""
+        name = self.out / f"stage{self.options.stage}-{self.step:06d}.png"
+        model, size = self.shown, self.stage.pixels
+        if self.stage.trains == "generation":       # Figure 4, and one image on its way from noise
+            images = list(model.generate(list(PROMPTS), size, points=25)[:, 0].cpu().numpy())
+            rows, ids = model.latent_rows(size), [model.ids(PROMPTS[4])]
+            steps = [*model.sample_latents(ids, rows, rows, [4], points=25,
+                                           scale=model.config.guidance)][2::3]
+            images += [to_uint8(model.vae.decode(x))[0, 0].cpu().numpy() for x in steps]
+            times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
+            return sheet(images, [*PROMPTS, *times], 8, name)
+        if self.stage.trains == "understanding":
+            size = model.config.vit_image
+        try:
+            shown = open_data(self.options.data, "val", size)
+        except UserError:                           # there are no validation images
+            shown = open_data(self.options.data, "train", size)
+        samples = [shown[i] for i in range(min(8, len(shown)))]
+        images = torch.from_numpy(np.stack([s["image"] for s in samples])).to(self.device)
+        if self.stage.trains == "vae":
+            mean = model.moments(vae_pixels(images)).chunk(2, dim=1)[0]
+            back = to_uint8(model.decoder(model.post_quant_conv(mean)))[:, 0].cpu().numpy()
+            pairs = [x for s, b in zip(samples, back) for x in (s["image"], b)]
+            return sheet(pairs, ["original", "reconstruction"] * len(samples), 4, name)
+        written = model.report(vit_pixels(images), max_new=120)
+        captions = [f"WRITTEN {w}\nTRUE {s['report']}" for w, s in zip(written, samples)]
+        sheet([s["image"] for s in samples], captions, 4, name)
 
     # ------------------------------------------------------------ checkpoints
 
-    @contextmanager
-    def averaged(self):
-        """The averaged weights stand in for the trained ones."""
-        if self.average:
-            kept = {k: p.data for k, p in self.learns.items()}
-            for k, p in self.learns.items():
-                p.data = self.average[k]
-        try:
-            yield
-        finally:
-            if self.average:
-                for k, p in self.learns.items():
-                    p.data = kept[k]
+    def settings(self) -> dict:
+        """What must not change between the starts of a stage."""
+        o, s = self.options, self.stage
+        found = {k: getattr(o, k) for k in ("data", "preset", "accumulate", "train", "mix",
+                                            "share_layers", "no_context", "seed", "repa_teacher")}
+        found |= {"steps": s.steps, "batch": s.batch, "lr": s.lr, "repa_weight": s.repa_weight}
+        if s.trains == "generation":
+            found["vae"] = digest(self.vae)
+        return found | ({"weights": self.weights} if o.weights else {})
 
-    def save(self):
-        """First all that resuming needs, in one file, then the weights folder; each is atomic. A
-        finished stage keeps only the note that it is."""
+    def save_checkpoint(self):
+        """First all that resuming needs, in one file, then the weights folder. Each file is whole
+        or not there. A finished stage keeps only the note that it is finished. Raises UserError."""
+        self.saved_step = self.step
         if self.procs.rank:
             return
-        note = {"step": self.step, "settings": self.settings}
-        state = note | {"learns": {k: p.detach() for k, p in self.learns.items()},
-                        "average": self.average,
+        note = {"step": self.step, "settings": self.settings()}
+        state = note | {"trainable": {k: p.detach() for k, p in self.trainable.items()},
+                        "average": self.average(),
                         "optimizers": [x.state_dict() for x in self.optimizers]}
         try:
             with atomic(self.file) as temporary:
                 torch.save(state, temporary)
-            self.publish()
+            self.save_weights()
             if self.step >= self.stage.steps:
                 with atomic(self.file) as temporary:
                     torch.save(note, temporary)
@@ -613,130 +519,45 @@ class Trainer:
             raise UserError(f"could not save step {self.step} in {self.out} ({e}); the checkpoint "
                             "before it is whole: make room, then run the same command") from None
 
-    def publish(self):
-        """Writes the (averaged) weights where sample.py reads them."""
-        with self.averaged():
-            if self.stage.trains == "vae":
-                self.measure_latents()
-                save_vae(self.model, self.out / "vae")
-            else:
-                self.model.save(self.out)
-
     @torch.no_grad()
-    def measure_latents(self):
-        """Sets scale and shift of the latents so that they have mean 0 and variance 1."""
-        images = self.data[0].__getitems__(range(min(128, len(self.data[0]))))
-        images = [f["image"] for f in images if f["image"] is not None]
-        mean, logvar = self.vae.moments(vae_pixels(torch.from_numpy(np.stack(images)).to(
-            self.device))).chunk(2, dim=1)
-        self.vae.latent_mean = float(mean.mean())
-        self.vae.scale = float((mean.var() + logvar.clamp(-30, 20).exp().mean()).rsqrt())
+    def save_weights(self):
+        """Writes the weights folder. Stage 0 first sets the mean and scale of its latents."""
+        if self.stage.trains != "vae":
+            return self.shown.save(self.out)
+        samples = [self.data[0][i] for i in range(min(128, len(self.data[0])))]
+        images = torch.from_numpy(np.stack([s["image"] for s in samples])).to(self.device)
+        mean, logvar = self.shown.moments(vae_pixels(images)).chunk(2, dim=1)
+        self.shown.latent_mean = float(mean.mean())
+        self.shown.scale = float((mean.var() + logvar.clamp(-30, 20).exp().mean()).rsqrt())
+        save_vae(self.shown, self.out / "vae")
 
-    def resume(self):
-        """Goes on from the checkpoint of this stage, if there is one; True if it is finished.
+    def resume(self) -> bool:
+        """Continues from the checkpoint of this stage, if there is one -> is the stage finished?
         Raises UserError."""
         for left in [*self.out.glob(".*.part"), *self.out.glob("vae/.*.part")]:
-            if not self.procs.rank:             # a kill in the middle of saving left it
+            if not self.procs.rank:             # a kill while a file was written left it
                 left.unlink()
         if not self.file.exists():
             return False
-        state = read_checkpoint(self.file, self.device)
-        changed = [f"{k} was {v}, now {self.settings.get(k)}" for k, v in state["settings"].items()
-                   if v != self.settings.get(k)]
+        state, now = read_checkpoint(self.file, self.device), self.settings()
+        changed = [f"{k} was {v}, now {now.get(k)}" for k, v in state["settings"].items()
+                   if v != now.get(k)] + ["--weights is new"] * (
+                       "weights" in now and "weights" not in state["settings"])
         if changed:
             raise UserError(f"{self.file} was made with other settings ({'; '.join(changed)}): use "
                             "the same ones, another --out, or delete it to start over")
-        self.step = state["step"]
-        if "learns" in state:
+        self.step = self.saved_step = state["step"]
+        if "trainable" in state:
             with torch.no_grad():
-                for k, p in self.learns.items():
-                    p.copy_(state["learns"][k])
-            self.average = state["average"]
+                for k, p in self.trainable.items():
+                    p.copy_(state["trainable"][k])
+                for k, p in self.average().items():
+                    p.copy_(state["average"][k])
             for optimizer, kept in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(kept)
             if self.step >= self.stage.steps:       # stopped between the state and the weights
-                self.save()
+                self.save_checkpoint()
         return self.step >= self.stage.steps
-
-    # ------------------------------------------------------------ the loop
-
-    def stream(self):
-        """Batches from this step on. Stage 0 sees images at its resolution fifteen times, then
-        once images twice as large."""
-        def start(data, step):
-            return batches(data, self.stage.batch, self.options.seed, step, self.options.workers,
-                           self.procs.rank, self.procs.world)
-        if self.stage.trains != "vae":
-            return ahead(start(self.data, self.step))
-        small, large = (start(d, n) for d, n in zip(self.data, (self.step - self.step // 16,
-                                                                self.step // 16)))
-        return ahead(next(large if k % 16 == 15 else small) for k in itertools.count(self.step))
-
-    def fit(self):
-        """Trains to the end, or until Ctrl-C, which saves."""
-        usual = {kind: signal.signal(kind, lambda *_: self.stop.fill_(1))
-                 for kind in (signal.SIGINT, signal.SIGTERM)}
-        o, s = self.options, self.stage
-        self.read_captions()
-        stream = self.stream()
-        bar = tqdm(total=s.steps, initial=self.step, desc=f"stage {o.stage}", unit="step",
-                   disable=self.procs.rank > 0)
-        log = Log(self.out / "log.jsonl", o.stage, self.step) if not self.procs.rank else None
-        while self.step < s.steps and not self.procs.total(self.stop):
-            logged = self.one_step(next(stream))
-            bar.update()
-            speed = {"tokens/s": logged["tokens"] * (bar.format_dict["rate"] or 0)}
-            bar.set_postfix_str(" ".join(f"{k} {v:.{3 if v < 100 else 0}f}" for k, v in (
-                logged | speed).items() if k != "tokens"))
-            if log:
-                log.add(self.step, logged | {"lr": self.rate(self.step - 1)}, self.by_time,
-                        self.step == s.steps)
-            if self.step % o.save_every == 0 or self.step == s.steps:
-                self.save()
-            if log and (self.step % o.sheet_every == 0 or self.step == s.steps):
-                with self.averaged():
-                    self.draw_sheet()
-        bar.close()
-        if self.step < s.steps:
-            self.save()
-        elif log:
-            log.curves(self.out / "curves.png")
-        for kind, handler in usual.items():     # another stage may follow; it sets itself up first
-            signal.signal(kind, handler)
-        if self.step < s.steps:
-            raise Stopped(f"stopped at step {self.step} and saved; the same command goes on")
-
-    # ------------------------------------------------------------ what one sees
-
-    @torch.no_grad()
-    def draw_sheet(self):
-        """Writes a PNG that shows what the stage has learned so far."""
-        name = self.out / f"stage{self.options.stage}-{self.step:06d}.png"
-        if self.stage.trains == "generation":
-            return self.draw_images(name)
-        size = self.stage.pixels if self.stage.trains == "vae" else self.model.config.vit_image
-        held_out = open_data(self.options.data, "val", size)
-        samples = [held_out[i] for i in range(min(8, len(held_out)))]
-        images = torch.from_numpy(np.stack([f["image"] for f in samples])).to(self.device)
-        if self.stage.trains == "vae":
-            back = to_uint8(self.vae.decoder(self.vae.post_quant_conv(
-                self.vae.moments(vae_pixels(images)).chunk(2, dim=1)[0])))[:, 0]
-            pairs = [x for pair in zip(images.cpu().numpy(), back.cpu().numpy()) for x in pair]
-            return sheet(pairs, ["original", "reconstruction"] * len(samples), 4, name)
-        written = self.model.report(vit_pixels(images), max_new=120)
-        sheet([f["image"] for f in samples], [f"WRITTEN {w}\nTRUE {f['report']}" for w, f in
-                                            zip(written, samples)], 4, name)
-
-    def draw_images(self, name: Path):
-        """An image a prompt of Figure 4, and one image on its way from noise, left to right."""
-        model, size = self.model, self.stage.pixels
-        images = list(model.generate(list(PROMPTS), size, points=25)[:, 0].cpu().numpy())
-        side, scale = size // self.vae.factor, model.config.guidance
-        steps = list(model.sample_latents([model.ids(PROMPTS[4])], side, side, [4], points=25,
-                                          scale=scale))
-        strip = [to_uint8(self.vae.decode(x))[0, 0].cpu().numpy() for x in steps[2::3]]
-        times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
-        sheet(images + strip, [*PROMPTS, *times], 8, name)
 
 
 def pick_rows(batch: dict, rows: Tensor) -> dict:
@@ -746,57 +567,70 @@ def pick_rows(batch: dict, rows: Tensor) -> dict:
             for k, v in batch.items()}
 
 
-def ahead(source: Iterator):
-    """The same items without end; a thread fetches each while the one before it is worked on."""
-    thread = ThreadPoolExecutor(1)
-    coming = thread.submit(next, source)
-    while True:
-        item, coming = coming.result(), thread.submit(next, source)
-        yield item
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is made nearly orthogonal (Jordan et al. 2024), for matrices and
+    convolutions. In fp32: torch.optim.Muon uses bf16, which many CPUs emulate, and no convolutions.
+    """
+
+    def __init__(self, parameters, lr: float, momentum: float = 0.95):
+        super().__init__(parameters, {"lr": lr, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in (p for p in group["params"] if p.grad is not None):
+                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+                mean.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonal(p.grad.lerp(mean, group["momentum"]).flatten(1))
+                ratio = max(1, update.shape[0] / update.shape[1]) ** 0.5
+                p.add_(update.view_as(p), alpha=-group["lr"] * ratio)
 
 
-def even_parts(texts: list[str], image: int, n: int) -> list[Tensor]:
-    """Places of a batch's images in at most n parts of like work. They are sorted by the length of
-    their texts, since a part is padded to its longest; an image counts as `image` letters."""
-    work = torch.tensor([float(image + len(text)) for text in texts])
-    order = work.argsort(descending=True, stable=True)
-    middle = work[order].cumsum(0) - work[order] / 2
-    part = (middle * n / work.sum()).long()
-    return [order[part == i] for i in part.unique()]
-
-
-def excerpt(caption: str) -> str:
-    """The last section of a caption, its impression, without a name: a quarter of the captions are
-    cut to it, so that short prompts are understood too (ours). It sums up what is found; sentences
-    picked at random would not, and teach that what is not named may be drawn all the same."""
-    sections = [*filter(None, map(str.strip, re.split("FINDINGS: |IMPRESSION: ", caption)))]
-    return sections[-1] if sections else caption
-
-
-def align(states: Tensor, features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """REPA: negative cosine between projected states (b, n, d) and a teacher's features (b, m, d)
-    of the clean image, both on their grids; the teacher's is resized in 2-D. Summed over images."""
-    side = math.isqrt(features.shape[1])
-    features = features.transpose(1, 2).unflatten(2, (side, side))
-    if features.shape[2:] != grid:
-        features = F.interpolate(features, grid, mode="area" if grid[0] < side else "bilinear")
-    features = features.flatten(2).transpose(1, 2)
-    return -F.cosine_similarity(states.float(), features, dim=-1).mean(1).sum()
+def orthogonal(x: Tensor) -> Tensor:
+    """Three Newton-Schulz steps: x (m, n) -> the same singular vectors, singular values near 1."""
+    if x.shape[0] > x.shape[1]:
+        return orthogonal(x.T).T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(3):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x
 
 
 class Stopped(Exception):
-    """Training was interrupted and saved."""
+    """Training was interrupted, and what it learned was saved."""
+
+
+class NotFinite(UserError):
+    """A loss or gradient became infinite or NaN; this step must not be saved."""
+
+
+def progress(total: int, **how) -> tqdm:
+    """A bar on a terminal; elsewhere a line every 30 seconds."""
+    if not sys.stderr.isatty():
+        line = "{desc} {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left{postfix}\n"
+        how |= {"bar_format": line, "mininterval": 30, "maxinterval": 30, "miniters": 1}
+    return tqdm(total=total, **how)
+
+
+def read_checkpoint(file: Path, device="cpu") -> dict:
+    """What a stage has saved; that of a finished one has no "trainable". Raises UserError."""
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        return {"settings": state["settings"], "step": state["step"]} | state
+    except Exception as e:      # torch has no common class for a broken file
+        problem = f"{file} is broken ({str(e)[:50]}); delete it to start over"
+        raise UserError(problem) from None
 
 
 class Log:
-    """log.jsonl, one line of means every 20 steps; lines past a resumed step are taken out."""
+    """log.jsonl: a line of means every 20 steps, only ever appended. After a restart the last line
+    of a step counts; a line that a power cut tore is skipped."""
 
-    def __init__(self, file: Path, stage: int, step: int):
+    def __init__(self, file: Path, stage: int):
         self.file, self.stage = file, stage
-        lines = file.read_text().splitlines() if file.exists() else []
-        self.rows = [r for r in map(json.loads, lines) if r["stage"] != stage or r["step"] <= step]
-        with atomic(file) as temporary:
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.rows))
+        torn = file.exists() and not file.read_bytes().endswith(b"\n")
+        self.before = "\n" if torn else ""
         self.clear()
 
     def clear(self):
@@ -804,6 +638,7 @@ class Log:
         self.begin = time.perf_counter()
 
     def add(self, step: int, values: dict, by_time: list, last=False):
+        """by_time: pairs of times (b,) and flow losses (b,)."""
         for k, v in values.items():
             self.sums[k] = self.sums.get(k, 0) + v
         for times, losses in by_time:
@@ -812,181 +647,342 @@ class Log:
         self.n += 1
         if step % 20 and not last:
             return
-        seconds = time.perf_counter() - self.begin
-        row = {"stage": self.stage, "step": step, "steps_per_s": self.n / seconds,
-               "tokens_per_s": self.sums.pop("tokens", 0) / seconds,
+        row = {"stage": self.stage, "step": step,
+               "steps_per_s": self.n / (time.perf_counter() - self.begin),
                **{k: v / self.n for k, v in self.sums.items()}}
         if any(self.bins):      # flow loss for each tenth of t
             row["flow_by_t"] = [sum(b) / len(b) if b else None for b in self.bins]
-        self.rows.append(row)
         with open(self.file, "a") as f:
-            f.write(json.dumps(row) + "\n")
+            f.write(self.before + json.dumps(row) + "\n")
+        self.before = ""
         self.clear()
 
-    def curves(self, file: Path):
-        """One panel a stage and loss, against steps, drawn with Pillow."""
-        lines = {}
-        for r in self.rows:
-            for k in {"mse", "text", "flow", "repa"} & r.keys():
-                lines.setdefault(f"stage {r['stage']}: {k}", []).append((r["step"], r[k]))
-        if not lines:
+    def rows(self) -> list[dict]:
+        """The lines that count. A line makes later steps of its stage before it obsolete."""
+        kept = []
+        for line in self.file.read_text(errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+                stage, step = row["stage"], row["step"]
+                kept = [r for r in kept if r["stage"] != stage or r["step"] < step] + [row]
+            except (ValueError, KeyError, TypeError):
+                continue
+        return kept
+
+
+def plot_curves(rows: list[dict], file: Path):
+    """One panel a stage and loss, against steps: logarithmic where a loss spans a decade."""
+    lines = {}
+    for r in rows:
+        for k in {"mse", "text", "flow", "repa"} & r.keys():
+            lines.setdefault((r["stage"], k), []).append((r["step"], r[k]))
+    canvas = Image.new("RGB", (720, 200 * max(1, len(lines))), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, ((stage, name), points) in enumerate(sorted(lines.items())):
+        last = points[-1][0]
+        low, high = (f(y for x, y in points if x >= last / 50) for f in (min, max))
+        scale = math.log if low > 0 and high > 10 * low else float
+        bottom, span = scale(low), max(scale(high) - scale(low), 1e-9)
+
+        def place(x, y):
+            y = min(max(y, low), high)              # the first steps would squash the others
+            return 60 + 640 * x / last, 200 * i + 170 - 135 * (scale(y) - bottom) / span
+        for k in range(5):
+            x, y = last * k / 4, bottom + span * k / 4
+            y = math.exp(y) if scale is math.log else y
+            pen.line([place(0, y), place(last, y)], fill="lightgrey")
+            pen.text((5, place(0, y)[1] - 6), f"{y:.3g}", fill="black")
+            pen.text((place(x, low)[0] - 10, 200 * i + 174), f"{x:.0f}", fill="black")
+        pen.line([place(*p) for p in points] * (1 if len(points) > 1 else 2), fill="navy", width=2)
+        why = ": it rises when training times shift back from noise" if name == "flow" else ""
+        pen.text((60, 200 * i + 8), f"stage {stage}, {name} loss by step{why}", fill="black")
+    with atomic(file) as temporary:
+        canvas.save(temporary, "PNG")
+
+
+# ---------------------------------------------------------------- caches of what is frozen
+
+
+class CaptionCache:
+    """A memo of what the frozen understanding branch has read: the keys and values of captions, in
+    fp16 (ours). On a CPU captions are read one by one, so that none changes another's last bits."""
+
+    def __init__(self, model: UniX, room=2**30):
+        """`room`: bytes to keep; captions that find none are read again and again."""
+        c = model.config
+        self.model, self.kept, self.room = model, {}, room
+        self.large = c.layers * c.kv_heads * c.head_dim > 2**14     # nothing is worth keeping
+
+    @torch.no_grad()
+    def context(self, texts: list[str]) -> Context:
+        """Captions -> their Context."""
+        if self.large:
+            return self.model.read_captions([self.model.ids(text) for text in texts])
+        new, fresh = [text for text in dict.fromkeys(texts) if text not in self.kept], {}
+        for some in [[text] for text in new] if self.model.device.type == "cpu" else [new]:
+            fresh |= self.read(some) if some else {}
+        rows = [self.kept[text] if text in self.kept else fresh[text] for text in texts]
+        length = torch.tensor([len(row) for row in rows], device=self.model.device)
+        kv = nn.utils.rnn.pad_sequence(rows, True).float().permute(2, 3, 0, 4, 1, 5)
+        return Context([*map(tuple, kv)], length, length, len({*map(len, rows)}) > 1)
+
+    def read(self, texts: list[str]) -> dict[str, Tensor]:
+        """Captions -> keys and values of each, (l, layers, 2, g, k); keeps what there is room for.
+        """
+        context, fresh = self.model.read_captions([self.model.ids(text) for text in texts]), {}
+        kv = torch.stack([torch.stack(pair) for pair in context.kv])    # (layers, 2, b, g, l, k)
+        for text, row, n in zip(texts, kv.permute(2, 4, 0, 1, 3, 5).half(),
+                                context.length.tolist()):
+            fresh[text] = row[:n].clone()
+            if fresh[text].nbytes <= self.room:
+                self.kept[text], self.room = fresh[text], self.room - fresh[text].nbytes
+        return fresh
+
+
+class LatentCache:
+    """A data set as the frozen autoencoder sees it: the moments [mean | log variance] of every
+    image, and the features of REPA's teacher, on disk beside the run. They are computed once, and
+    again when images, size, autoencoder or teacher change."""
+
+    def __init__(self, source, count: int, folder: Path, images=None):
+        """The first `count` samples of a data set; `images`: the same ones at the image encoder's
+        size, where they are wanted too (Table 5)."""
+        self.source, self.count, self.images = source, count, images
+        self.stem, self.texts, self.maps = folder / f"latents-{source.size}", [], {}
+
+    def fill(self, model: UniX, teacher, procs: "Processes", workers: int, begun: bool):
+        """Computes what is not there; each process does its share. `begun`: the stage is under
+        way, so that the teacher may have been trained since (Table 5). Raises UserError."""
+        origin = [self.source.fingerprint(), self.count, digest(model.vae), digest(teacher)]
+        about = self.stem.with_suffix(".json")
+        try:
+            known = json.loads(about.read_text())
+            self.open_maps()
+        except (OSError, ValueError):
+            known = {}
+        if known and (begun or known["origin"] == origin):
+            self.texts = known["texts"]
             return
-        canvas = Image.new("RGB", (640, 180 * len(lines)), "white")
-        pen = ImageDraw.Draw(canvas)
-        for i, (name, points) in enumerate(sorted(lines.items())):
-            low, high = (f(y for _, y in points) for f in (min, max))
-            place = [(40 + 580 * x / points[-1][0],
-                      180 * i + 160 - 130 * (y - low) / max(high - low, 1e-9)) for x, y in points]
-            pen.line(place if len(place) > 1 else place * 2, fill="black", width=2)
-            text = f"{name}, {low:.4g} to {high:.4g} over {points[-1][0]} steps"
-            pen.text((40, 180 * i + 6), text, fill="black")
-        with atomic(file) as temporary:
-            canvas.save(temporary, "PNG")
+        if not procs.rank:
+            for old in self.stem.parent.glob(f"{self.stem.name}.*"):
+                old.unlink()
+        procs.gather(None)                                  # all wait until the old files are gone
+        try:
+            texts = self.compute(model, teacher, procs, workers)
+        except OSError as e:
+            raise UserError(f"{self.stem}.* cannot be written ({e.strerror}): make room, then run "
+                            "the same command") from None
+        self.texts = [text for share in procs.gather(texts) for text in share]
+        if not procs.rank:
+            with atomic(about) as temporary:
+                temporary.write_text(json.dumps({"origin": origin, "texts": self.texts}))
+        self.open_maps()
+
+    @torch.no_grad()
+    def compute(self, model: UniX, teacher, procs: "Processes", workers: int) -> list:
+        """Writes the share of this process -> the [report, caption] of its images."""
+        first, last = (self.count * (procs.rank + i) // procs.world for i in (0, 1))
+        chunks = ([*range(i, min(i + 8, last))] for i in range(first, last, 8))
+        texts, files = [], {}                               # 8 images fit a CPU's caches
+        with progress(last - first, desc=f"latents at {self.source.size} px", unit="image",
+                      disable=procs.rank > 0) as bar:
+            for samples in load(self.source, chunks, workers, 2):
+                self.source.account(samples)
+                images = np.stack([s["image"] for s in samples])
+                images = torch.from_numpy(images).to(model.device)
+                found = {"moments": model.vae.moments(vae_pixels(images))}
+                found |= {"features": teacher.patches(images)} if teacher else {}
+                for kind, v in found.items():
+                    if kind not in files:
+                        files[kind] = self.create(kind, (self.count, *v.shape[1:]), first)
+                    files[kind].write(v.half().cpu().numpy().tobytes())
+                texts += [[s["report"], s["caption"]] for s in samples]
+                bar.update(len(samples))
+        for file in files.values():
+            file.close()
+        return texts
+
+    def create(self, kind: str, shape: tuple, first: int):
+        """A .npy file of fp16, open for writing from row `first` on. Plain writes instead of a
+        memory map: a full disk is then an error that can be caught."""
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "<f2", "fortran_order": False, "shape": shape})
+        file = open(os.open(f"{self.stem}.{kind}.npy", os.O_RDWR | os.O_CREAT), "r+b")
+        file.write(header.getvalue())
+        file.seek(first * 2 * math.prod(shape[1:]), os.SEEK_CUR)
+        return file
+
+    def open_maps(self):
+        self.maps = {kind: np.load(f"{self.stem}.{kind}.npy", mmap_mode="r")
+                     for kind in ("moments", "features")
+                     if kind == "moments" or os.path.exists(f"{self.stem}.{kind}.npy")}
+
+    def account(self, samples: list):
+        """Nothing can be broken here any more."""
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, rows: list[int]) -> list[dict]:
+        return [self[i] for i in rows]
+
+    def __getitem__(self, i: int) -> dict:
+        report, caption = self.texts[i]
+        sample = {"index": i, "report": report, "caption": caption,
+                  **{k: v[i].astype(np.float32) for k, v in self.maps.items()}}
+        return sample if self.images is None else sample | {"image": self.images[i]["image"]}
 
 
-# ---------------------------------------------------------------- setting up
+def digest(module: nn.Module | None) -> str:
+    """Fingerprint of a module's weights."""
+    found = hashlib.sha1()
+    for v in module.state_dict().values() if module else ():
+        found.update(v.detach().cpu().float().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
-def plan(options: Options, stage: Stage):
-    """Prints sizes, memory and steps, without training (meta device: no memory is used)."""
-    rank, world = (int(os.environ.get(k, n)) for k, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    if rank:
-        return
-    with torch.device("meta"):
-        config = PRESETS[options.preset]
-        model = UniX(config)
-        model.vae = VAE(**config.vae)
-    count = {name: sum(p.numel() for p in model.branch(name).values())
-             for name in ("understanding", "generation", "vae")}
-    learns = count[stage.trains] + (count["understanding"] if options.train == "both" else 0)
-    image = (config.vit_image // config.vit_patch) ** 2 + 2
-    drawn = (stage.pixels // model.vae.factor // config.latent_patch) ** 2 + 2
-    print(f"preset {options.preset}, stage {options.stage}: {stage}")
-    for name, n in count.items():
-        print(f"  {name:14} {n / 1e6:10.2f} M parameters  "
-              f"{'trained' if name == stage.trains or options.train == 'both' else 'frozen'}")
-    print(f"  tokens a sample: {image} image, {drawn} to draw, and the text")
-    tokens = {"understanding": image + 150, "generation": drawn}.get(stage.trains, 0)
-    kept = config.width if options.checkpointing else 14 * config.width + 3 * config.mlp
-    total = sum(count.values())
-    images = stage.batch / options.accumulate / world
-    memory = {"weights": 4 * total, "gradients": 4 * learns, "optimizer": 8 * learns,
-              "average": 4 * learns if stage.ema else 0,
-              "activations": 4 * kept * config.layers * tokens * images}
-    print(f"  memory of each of {world} device(s): "
-          + ", ".join(f"{k} {v / 2**30:.2f} GiB" for k, v in memory.items())
-          + f"; in all {sum(memory.values()) / 2**30:.2f} GiB")
-    if options.train == "own" and not options.no_context:
-        captions = Contexts.size(config, 55 * stage.images)
-        print(f"  captions that have been read, kept on the CPU: {captions / 2**30:.2f} GiB")
-    images = stage.steps * stage.batch
-    print(f"  {stage.steps} steps of {stage.batch} images = {images:,} images"
-          + (f" = {images / stage.images:.1f} epochs" if stage.images else ""))
+# ---------------------------------------------------------------- processes, setting up, main
 
 
-def new_model(options: Options, out: Path, data) -> UniX:
-    """The model a stage starts from: --weights, the run's own folder, or a new one (stage 1)."""
+class Processes:
+    """One process, or those that torchrun started. Raises UserError when another one has ended."""
+
+    def __init__(self):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.device = "mps" if torch.backends.mps.is_available() and self.world == 1 else "cpu"
+        if torch.cuda.is_available():
+            self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            dist.init_process_group("nccl" if "cuda" in self.device else "gloo")
+
+    def together(self, operation, *args):
+        try:
+            return operation(*args)
+        except RuntimeError as e:
+            raise UserError("another process of this run ended, so this one ends too "
+                            f"({str(e).splitlines()[0][:80]})") from None
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of a tensor over the processes, in place."""
+        if self.world > 1:
+            self.together(dist.all_reduce, x)
+        return x
+
+    def sum_gradients(self, parameters):
+        for p in parameters if self.world > 1 else ():
+            if p.grad is None:              # this process's rows did not use it
+                p.grad = torch.zeros_like(p)
+            self.total(p.grad)
+
+    def gather(self, value) -> list:
+        """The value of each process, for all of them."""
+        found = [value] * self.world
+        if self.world > 1:
+            self.together(dist.all_gather_object, found, value)
+        return found
+
+
+def initial_model(options: Options, out: Path, data) -> UniX:
+    """The model that a stage starts from: --weights, the run's own, or in stage 1 a new one."""
     if options.weights or (out / "model.safetensors").exists():
         return UniX.load(options.weights or out)
-    if options.stage > 1 and options.train == "own":
-        raise UserError(f"{out} has no weights; first run: python train.py --stage 1"
-                        + command_tail(options))
     texts = [data.text(i)[0] for i in range(min(len(data), 2000))]
     config = PRESETS[options.preset]
     tokenizer = Tokenizer.train(texts + list(INSTRUCTIONS), config.vocab, special=SPECIAL)
     ids = dict(zip(("bos", "eos", "boi", "eoi"), map(tokenizer.token_to_id, SPECIAL)))
     own = out / "vae" / "model.safetensors"
-    vae = load_vae(own) if own.exists() else None       # of stage 0; a restart finds it, too
+    vae = load_vae(own) if own.exists() else None       # stage 0 may have been run before
     torch.manual_seed(options.seed)
-    return UniX(replace(config, vocab=len(tokenizer), share_layers=options.share_layers, **ids),
-                tokenizer, vae)
+    taught_on = "phantom" if options.data == "phantom" else ""
+    return UniX(replace(config, vocab=len(tokenizer), taught_on=taught_on, **ids), tokenizer, vae)
 
 
 def share(model: UniX, layers: int):
     """Gives the first layers of a model one expert for both branches: understanding's."""
     tower = model.lm.tower
+    if layers > len(tower.layers):
+        raise UserError(f"--share-layers {layers}: the model has {len(tower.layers)} layers")
     for layer in tower.layers[:layers]:
         layer.gen = layer.und
-    if layers >= len(tower.layers):
+    if layers == len(tower.layers):
         tower.norm_gen = tower.norm
     model.config.share_layers = max(layers, model.config.share_layers)
 
 
-def alignment(options: Options) -> tuple[float | None, str | None]:
-    """What --repa says: (weight, None), or (None, folder of a teacher). Raises UserError."""
-    try:
-        return float(options.repa), None
-    except (TypeError, ValueError):
-        if options.repa and not Path(options.repa).is_dir():
-            raise UserError(f"--repa {options.repa} is no weight and no folder") from None
-        return None, options.repa
-
-
-def unfinished(file: Path) -> bool:
-    """Was this stage begun, but not brought to its end? Raises UserError."""
-    return file.exists() and "learns" in read_checkpoint(file)
-
-
-def command_tail(options: Options) -> str:
-    said = {k: getattr(options, k) for k in ("data", "out", "preset")}
-    return "".join(f" --{k} {v}" for k, v in said.items() if v != getattr(Options(), k))
-
-
-def make_folder(out: Path):
-    """Makes the folder of a run, once all that the run needs has been found."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"cannot make {out} ({e.strerror}); choose another --out") from None
+def require(options: Options, out: Path, stage: int, instead: str):
+    """UserError unless a stage has been finished in `out`; `instead`: the flag that replaces it."""
+    file, tail = out / f"stage{stage}.pt", "".join(
+        f" --{k} {getattr(options, k)}" for k in ("data", "out", "preset")
+        if getattr(options, k) != getattr(Options(), k))
+    command = f"python train.py --stage {stage}{tail}"
+    if not file.exists():
+        raise UserError(f"{out} has not been through stage {stage}; first run: {command} (or give "
+                        f"{instead})")
+    if "trainable" in read_checkpoint(file):
+        raise UserError(f"stage {stage} in {out} is not finished; run: {command} (or give "
+                        f"{instead})")
 
 
 def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Trainer:
     """Data and model of a stage. Raises UserError where something it needs is not there."""
     o, k = options, options.stage
     if k == 0:
-        data = [open_data(o.data, "train", stage.pixels * k) for k in (1, 2)]
-        make_folder(out)
+        data = [open_data(o.data, "train", stage.pixels * i) for i in (1, 2)]
         torch.manual_seed(o.seed)
+        out.mkdir(parents=True, exist_ok=True)
         return Trainer(o, stage, VAE(**PRESETS[o.preset].vae).to(procs.device), data, procs, out)
-    if k == 3 and not o.weights and not (out / "stage2.pt").exists():
-        raise UserError(f"{out} has not been through stage 2; first run: python train.py --stage 2"
-                        + command_tail(o))
-    pixels = stage.pixels if k > 1 else PRESETS[o.preset].vit_image
-    data = open_data(o.data, "train", pixels, "report" if k == 1 else "image")
-    model = new_model(o, out, data).to(procs.device)
+    if k > 1 and not o.weights:
+        require(o, out, k - 1, "--weights")
+    data = open_data(o.data, "train", stage.pixels, "report" if k == 1 else "image")
+    model = initial_model(o, out, data).to(procs.device)
+    if o.data != "phantom":
+        model.config.taught_on = "data"
+    trained_on = digest(model.vae) if model.llm2vae.weight.any() else ""
     if o.vae:
         model.vae = load_vae(o.vae).to(procs.device)
-    make_folder(out)
-    if k > 1:
-        if model.vae is None or not (o.vae or o.weights) and unfinished(out / "stage0.pt"):
-            print("no autoencoder yet: stage 0 comes first (--vae takes a pretrained one instead)")
-            run(Options(stage=0, data=o.data, out=str(out), preset=o.preset, steps=o.steps), procs)
-            model.vae = load_vae(out / "vae" / "model.safetensors").to(procs.device)
-        begun = (out / f"stage{k}.pt").exists()
+    begun = (out / f"stage{k}.pt").exists()
+    if k == 2 and not begun:
+        model.copy_tower()
+    share(model, o.share_layers)
+    if k == 1:
+        data.size = model.config.vit_image
+    else:
+        own = not o.vae and not o.weights and (out / "stage0.pt").exists()
+        if model.vae is None or own:
+            require(o, out, 0, "--vae")
+        if k == 3 and digest(model.vae) != trained_on:
+            raise UserError("stage 3 needs a generation tower that was taught the latents of this "
+                            "autoencoder; leave --vae out, or run stage 2 with it first")
         if k == 2 and not begun:
-            model.copy_tower()
             model.resize_projections()
-        if o.share_layers and k < 3:
-            share(model, o.share_layers)
-        model.config.no_context = o.no_context
-        teacher = model.vit if stage.repa else None
-        if teacher and alignment(o)[1]:
-            teacher = load_rad_dino(alignment(o)[1]).to(procs.device)
+        model.config.resolution, model.config.no_context = stage.pixels, o.no_context
+        model.latent_rows(stage.pixels)                 # an error if tokens do not divide it
+        teacher = model.vit if stage.repa_weight else None
+        if teacher and o.repa_teacher:
+            teacher = load_rad_dino(o.repa_teacher).to(procs.device)
         images = open_data(o.data, "train", model.config.vit_image) if o.train == "both" else None
-        with procs.first():
-            count = min(len(data), stage.images or len(data))
-            data = Latents(data, count, model, teacher, out, images,
-                           begun and o.train == "both")
-        model.config.resolution = stage.pixels
+        out.mkdir(parents=True, exist_ok=True)
+        count = min(len(data), stage.ours.images or len(data))
+        data = LatentCache(data, count, out, images)
+        data.fill(model, teacher, procs, o.workers, begun)
+    out.mkdir(parents=True, exist_ok=True)
     return Trainer(o, stage, model, data, procs, out)
 
 
 def run(options: Options, procs: Processes | None = None):
     """Runs a stage, or prints its plan. Raises UserError, and Stopped after Ctrl-C."""
+    if options.problem():
+        raise UserError(options.problem())
     stage = STAGES[options.preset][options.stage]
     chosen = {"steps": options.steps, "batch": options.batch_size, "lr": options.lr,
-              "repa": alignment(options)[0] if options.stage == 2 else None}
-    stage = replace(stage, **{k: v for k, v in chosen.items() if v is not None})
+              "repa_weight": options.repa_weight}
+    ours = replace(stage.ours, images=options.images or stage.ours.images,
+                   muon=stage.ours.muon * (options.lr or stage.lr) / stage.lr)
+    stage = replace(stage, ours=ours, **{k: v for k, v in chosen.items() if v is not None})
+    if options.accumulate > stage.batch:
+        raise UserError(f"--accumulate {options.accumulate}: a batch has only {stage.batch} images")
     if options.plan:
         return plan(options, stage)
     procs = procs or Processes()
@@ -994,11 +990,97 @@ def run(options: Options, procs: Processes | None = None):
         raise UserError("--train both runs in one process: start it without torchrun")
     out = Path(options.out or f"runs/{Path(options.data).resolve().name}")
     trainer = set_up(options, stage, procs, out)
-    finished = trainer.resume()
-    if finished:
+    if trainer.resume():
         print(f"stage {options.stage} in {out} is finished ({trainer.step} steps)")
-    else:
-        trainer.fit()
+        return
+    if not procs.rank and stage.trains != "vae":
+        print(overview(trainer.model, options, stage, procs.world, trainer.bf16), flush=True)
+    trainer.fit()
+
+
+def memory(model: UniX, options: Options, stage: Stage, rows: int, bf16: bool) -> dict[str, float]:
+    """GiB of a training step of `rows` images, by part. The bytes that a token keeps in a layer for
+    the backward pass were measured (tests/test_lab.py; in bf16 on an H200)."""
+    c, branches = model.config, {k: sum(p.numel() for p in model.branch(k).values())
+                                 for k in ("understanding", "generation", "vae")}
+    trained = branches[stage.trains] + (branches["understanding"] if options.train == "both" else 0)
+    image, latents, text = tokens_a_sample(model, stage)
+    layer = 8 * c.mlp + 36 * c.width if bf16 else 16 * c.mlp + 60 * c.width
+    patch = 4 * c.vit_mlp + 20 * c.vit_width if bf16 else 8 * c.vit_mlp + 32 * c.vit_width
+    reads = stage.trains == "understanding" or options.train == "both"
+    writes = stage.trains == "generation"
+    lm = (image + text) * reads + latents * writes
+    kept = c.layers * lm * layer + reads * (c.vit_layers * image * patch + 10 * text * c.vocab)
+    if options.checkpointing:                       # the inputs of all layers, and one layer whole
+        kept -= (c.layers - 1) * lm * layer - c.layers * lm * 4 * c.width
+    if stage.trains == "vae":                       # feature maps at full size, twice the side
+        kept = 4 * (2 * stage.pixels) ** 2 * c.vae.get("ch", 128) * 60
+    bytes_ = {"weights": 4 * sum(branches.values()), "gradients": 4 * trained,
+              "optimizer": 8 * trained, "average": 4 * trained * bool(stage.ours.ema),
+              "bf16 copies": 2 * trained * bf16, "activations": kept * rows}
+    return {k: v / 2**30 for k, v in bytes_.items()}
+
+
+def tokens_a_sample(model: UniX, stage: Stage) -> tuple[int, int, int]:
+    """Image tokens, latent tokens (each with two markers), text tokens (about)."""
+    c = model.config
+    latents = (stage.pixels // model.vae.factor // c.latent_patch) ** 2 + 2 if model.vae else 0
+    return (c.vit_image // c.vit_patch) ** 2 + 2, latents, 60 if c.vocab < 2000 else 120
+
+
+def plan(options: Options, stage: Stage):
+    """Prints sizes, the smallest --accumulate that fits, and days, without training (on torch's
+    meta device: nothing is allocated)."""
+    with torch.device("meta"):
+        model = UniX(PRESETS[options.preset])
+        model.vae = VAE(**PRESETS[options.preset].vae)
+    world, bf16 = int(os.environ.get("WORLD_SIZE", 1)), model.config.width >= 512
+    bf16 = bf16 and options.precision != "fp32" or options.precision == "bf16"
+    room = options.memory or (torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else
+                              os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2**30
+    print(overview(model, options, stage, world, bf16))
+    for checkpointing in (False, True) if options.stage else (False,):
+        o = replace(options, checkpointing=checkpointing)
+        parts, share = memory(model, o, stage, 1, bf16), stage.batch // world
+        rows = int((room - sum(parts.values())) // parts["activations"] + 1)    # that fit at once
+        print(f"  in {room:.1f} GiB a process, {'with' if checkpointing else 'without'} "
+              f"--checkpointing: {f'--accumulate {-(-share // rows)}' if rows > 0 else 'too large'}")
+    image, latents, text = tokens_a_sample(model, stage)
+    tokens = {"understanding": image + text, "generation": latents}.get(stage.trains, 0)
+    total = tokens * stage.batch * stage.steps
+    print(f"  {total / 1e9:.2f} G tokens" + (
+        f": {total / options.rate / 86400:.1f} days at {options.rate:g} tokens/s" if options.rate
+        else " (days: give --rate TOKENS_PER_S)"))
+
+
+def overview(model: UniX, options: Options, stage: Stage, world: int, bf16: bool) -> str:
+    """What a stage trains and freezes, tokens a sample, memory, steps, the first loss."""
+    lines = [f"stage {options.stage}: {stage.steps:,} steps of {stage.batch} images at "
+             f"{stage.pixels} px, {'bf16' if bf16 else 'fp32'}, {world} process(es)"]
+    for name in ("understanding", "generation", "vae"):
+        n = sum(p.numel() for p in model.branch(name).values())
+        trained = name == stage.trains or options.train == "both" and name != "vae"
+        lines.append(f"  {name:14}{n / 1e6:9.2f} M parameters, "
+                     + ("trained" if trained else "frozen"))
+    image, latents, text = tokens_a_sample(model, stage)
+    lines.append(f"  tokens a sample: {image} image, {latents} latents, about {text} text")
+    parts = memory(model, options, stage, -(-stage.batch // options.accumulate // world), bf16)
+    lines.append(f"  memory about {sum(parts.values()):.2f} GiB: "
+                 + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v))
+    first = {"understanding": f"text {math.log(model.config.vocab):.2f} = ln {model.config.vocab}",
+             "generation": f"flow {first_flow_loss(model.config.predict_x0, stage):.2f}"}
+    if stage.trains in first:
+        lines.append(f"  first loss of a new model: {first[stage.trains]}; less for a trained one")
+    return "\n".join(lines)
+
+
+def first_flow_loss(predict_x0: bool, stage: Stage) -> float:
+    """Eq. 2 for a network that predicts 0, latents of variance 1 and the times of training."""
+    x0, eps = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(0))
+    t = sample_time(4096, torch.Generator().manual_seed(0), stage.ours.time_shift)
+    nothing = torch.zeros_like(x0)
+    v = velocity_from_x0(nothing, path(x0, eps, t), t) if predict_x0 else nothing
+    return velocity_loss(v, x0, eps).mean().item()
 
 
 def keep_freed_memory():
@@ -1012,15 +1094,27 @@ def keep_freed_memory():
         mallopt(parameter, 1 << 30)
 
 
-if __name__ == "__main__":
-    keep_freed_memory()
-    code = 0
+def main() -> tuple[int, str]:
+    """Exit code, and what to say on stderr."""
     try:
         run(OPTIONS)
-    except UserError as e:
-        code = print(f"train.py: {e}", file=sys.stderr) or 2
-    except Stopped as e:
-        code = print(f"train.py: {e}", file=sys.stderr) or 130
+    except (UserError, Stopped) as e:
+        return (2 if isinstance(e, UserError) else 130), str(e)
     except KeyboardInterrupt:           # before the first step: there is nothing to save yet
-        code = print("train.py: stopped before the first step", file=sys.stderr) or 130
-    sys.exit(code)
+        return 130, "stopped before the first step"
+    except OSError as e:
+        return 2, f"{e.filename or 'a file'}: {e.strerror or e}"
+    except torch.OutOfMemoryError:
+        return 2, "the device has too little memory: try --accumulate or --checkpointing (--plan)"
+    finally:
+        kill_workers()                  # one that hangs would keep this process from ending
+    return 0, ""
+
+
+if __name__ == "__main__":
+    plain_streams()
+    keep_freed_memory()
+    CODE, SAID = main()
+    if SAID:
+        print("train.py:", SAID, file=sys.stderr)
+    sys.exit(CODE)

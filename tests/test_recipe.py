@@ -1,0 +1,242 @@
+"""Facts of the recipe (Table 1, Sec. 3.4), each against an independent value: numbers worked out by
+hand, torch's own functions, or a property that a wrong edit breaks."""
+
+import math
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from ar import Tokenizer
+from conftest import small_config
+from data import UserError, phantom
+from diffusion import VAE
+from phantoms import write_phantoms
+from train import STAGES, Options, Ours, Processes, Stage
+from unix import INSTRUCTIONS, SPECIAL, UniX, load_vae, read_safetensors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_phantoms(tmp_path_factory.mktemp("images"), 12, 4)
+
+
+def options(folder, out, stage, **more) -> Options:
+    return Options(**{**dict(stage=stage, data=str(folder), out=str(out), steps=2, batch_size=4,
+                             precision="fp32", sheet_every=100, save_every=100), **more})
+
+
+@pytest.fixture(scope="module")
+def read(folder, tmp_path_factory):
+    """A run with an autoencoder and a reader, two steps each."""
+    out = tmp_path_factory.mktemp("read")
+    for stage in (0, 1):
+        train.run(options(folder, out, stage))
+    return out
+
+
+def started(folder, out, stage: int, row: Stage, base=None, **more) -> train.Trainer:
+    """A stage with its own row of the table, before its first step."""
+    if base:
+        shutil.copytree(base, out, dirs_exist_ok=True)
+    return train.set_up(options(folder, out, stage, **more), row, Processes(), out)
+
+
+def by_hand(trainer, batches: list) -> dict:
+    """The same steps by the formulas of Table 1's optimizer: AdamW(0.9, 0.95), eps 1e-15, weight
+    decay 0, gradients clipped to a norm of 1, linear warm-up."""
+    s, names = trainer.stage, [*trainer.trainable]
+    first, second = ({k: torch.zeros_like(p) for k, p in trainer.trainable.items()} for _ in "mv")
+    kept = {k: p.detach().clone() for k, p in trainer.trainable.items()}
+    for step, batch in enumerate(batches):
+        sums = trainer.losses(batch, trainer.randomness(step))
+        tokens = sum(len(trainer.model.ids(text)) + 1 for text in batch["report"])  # and EOS
+        grads = dict(zip(names, torch.autograd.grad(sums["text"] / tokens,
+                                                    [*trainer.trainable.values()])))
+        norm = torch.stack([g.norm() for g in grads.values()]).norm()
+        assert norm > 1.5                                               # so that clipping shows
+        with torch.no_grad():
+            for k, p in trainer.trainable.items():
+                g = grads[k] / max(norm, 1)
+                first[k].mul_(0.9).add_(0.1 * g)
+                second[k].mul_(0.95).add_(0.05 * g * g)
+                m, v = first[k] / (1 - 0.9 ** (step + 1)), second[k] / (1 - 0.95 ** (step + 1))
+                p -= s.lr * min(1, (step + 1) / s.warmup) * m / (v.sqrt() + 1e-15)
+    found = {k: p.detach().clone() for k, p in trainer.trainable.items()}
+    with torch.no_grad():
+        for k, p in trainer.trainable.items():
+            p.copy_(kept[k])
+    return found
+
+
+def test_two_steps_equal_the_optimizer_of_table_1_by_hand(folder, tmp_path):
+    """Rate, warm-up, betas, weight decay, clipping, the token mean, and which step comes first."""
+    row = Stage("understanding", 96, 1e-3, 3, 2, 4)
+    trainer = started(folder, tmp_path, 1, row)
+    stream = trainer.stream()
+    batches = [next(stream), next(stream)]
+    want = by_hand(trainer, batches)
+    for batch in batches:
+        trainer.train_step(batch)
+    bias = [k for k in want if k.endswith(("qkv.bias", "k_proj.bias"))]     # rounding noise: its
+    for k, p in trainer.trainable.items():          # gradient is 0, and eps 1e-15 makes a full step
+        if k not in bias:                           # a gradient near 0 has a rounded sign
+            assert ((p.detach() - want[k]).abs() > 2e-6).float().mean() < 1e-3, k
+
+
+def test_the_optimizers_constants(folder, tmp_path):
+    trainer = started(folder, tmp_path, 1, STAGES["unix"][1])
+    only, = trainer.optimizers                      # the paper's preset has no second optimizer
+    d = only.defaults
+    assert (d["lr"], d["betas"], d["eps"], d["weight_decay"]) == (1e-4, (0.9, 0.95), 1e-15, 0)
+    assert [trainer.rate(k) for k in (0, 39, 79, 80, 3839)] == [1 / 80, 0.5, 1, 1, 1]
+    third = started(folder, tmp_path / "b", 1, train.replace(STAGES["unix"][3], trains="understanding"))
+    assert third.rate(0) == 1                       # stage 3 has no warm-up
+    fall = Ours(decay=0.5)
+    trainer.stage = Stage("understanding", 96, 1e-3, 0, 100, 4, ours=fall)
+    assert [trainer.rate(k) for k in (0, 50, 75, 99)] == [1, 1, 0.5, 0.02]
+
+
+def test_the_averaged_weights_are_a_running_mean_and_are_what_is_saved(read, folder, tmp_path):
+    """The first steps count more: after step k a weight of 9 / (k + 9) goes to the newest."""
+    row = Stage("generation", 64, 1e-2, 0, 3, 4, ours=Ours(ema=0.9))
+    trainer = started(folder, tmp_path, 2, row, read)
+    name = "lm.tower.layers.0.gen.o_proj.weight"
+    mean, stream = trainer.trainable[name].detach().clone(), trainer.stream()
+    for new in (9 / 10, 9 / 11, 9 / 12):
+        trainer.train_step(next(stream))
+        mean += new * (trainer.trainable[name].detach() - mean)
+    torch.testing.assert_close(trainer.average()[name], mean)
+    assert not torch.allclose(trainer.trainable[name], mean)
+    trainer.save_checkpoint()
+    saved = read_safetensors(tmp_path / "model.safetensors")
+    torch.testing.assert_close(
+        saved["language_model.model.layers.0.self_attn.o_proj_moe_gen.weight"], mean)
+    trainer.step = 10_000                           # later the decay is the table's
+    before = trainer.average()[name].clone()
+    trainer.train_step(next(stream))
+    change = trainer.average()[name] - before
+    torch.testing.assert_close(change, 0.1 * (trainer.trainable[name].detach() - before))
+
+
+@pytest.mark.parametrize("weight", [0.5, 2.0])
+def test_repa_has_its_weight_and_its_layer(read, folder, tmp_path, weight):
+    """Half of the mean over images (Table 1), from the first third of the layers (8 of 24)."""
+    row = train.replace(STAGES["tiny"][2], batch=4, repa_weight=weight)
+    trainer = started(folder, tmp_path, 2, row, read)
+    batch, seen, real = next(trainer.stream()), [], trainer.model.flow_loss
+
+    def spy(*args):
+        flow, states = real(*args)
+        seen.append((args[-1], states))
+        return flow, states
+    trainer.model.flow_loss = spy
+    sums = trainer.losses(batch, trainer.randomness(0))
+    assert seen[0][0] == 1 and round(24 * train.REPA_DEPTH) == 8
+    features = batch["features"]                    # (4, 36, d): 6 x 6, onto the 4 x 4 latents
+    to = nn.functional.interpolate(features.transpose(1, 2).unflatten(2, (6, 6)), (4, 4), mode="area")
+    states = trainer.projector(seen[0][1])
+    want = -nn.functional.cosine_similarity(states, to.flatten(2).transpose(1, 2), dim=-1)
+    torch.testing.assert_close(sums["repa"], want.mean(1).sum())
+    logged = trainer.train_step(batch)
+    assert math.isclose(logged["repa"], weight * want.mean().item(), rel_tol=1e-4)
+    assert len(trainer.projector) == 5              # three linear layers with SiLU between
+
+
+def test_stage_2_starts_from_a_copy_of_the_reader_and_stage_3_does_not(read, folder, tmp_path):
+    out = tmp_path / "run"
+    trainer = started(folder, out, 2, train.replace(STAGES["tiny"][2], batch=4, steps=2), read)
+    tower = trainer.model.lm.tower
+    pairs = [(x.und, x.gen) for x in tower.layers] + [(tower.norm, tower.norm_gen)]
+    for und, gen in pairs:
+        assert und is not gen
+        for a, b in zip(und.parameters(), gen.parameters()):
+            assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
+    trainer.fit()
+    third = started(folder, out, 3, train.replace(STAGES["tiny"][3], batch=4, steps=2))
+    tower = third.model.lm.tower
+    assert not torch.equal(tower.layers[0].und.o_proj.weight, tower.layers[0].gen.o_proj.weight)
+    again = started(folder, out, 2, train.replace(STAGES["tiny"][2], batch=4, steps=2))
+    tower = again.model.lm.tower                    # a stage that was begun is not copied again
+    assert not torch.equal(tower.layers[0].und.o_proj.weight, tower.layers[0].gen.o_proj.weight)
+
+
+@pytest.mark.parametrize("stage, trained", [(1, "understanding"), (2, "generation")])
+def test_requires_grad_is_the_table(read, folder, tmp_path, stage, trained):
+    trainer = started(folder, tmp_path, stage, train.replace(STAGES["tiny"][stage], batch=4),
+                      read if stage > 1 else None)
+    generation = ("gen.", "norm_gen", "vae2llm", "llm2vae", "time_embedder")
+    for name, p in trainer.model.named_parameters():
+        is_generation = any(part in name for part in generation)
+        branch = "vae" if name.startswith("vae.") else (
+            "generation" if is_generation else "understanding")
+        assert p.requires_grad == (branch == trained), name
+    inside = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+    assert inside == {id(p) for p in [*trainer.model.parameters(), *(
+        trainer.projector.parameters() if trainer.projector else ())] if p.requires_grad}
+
+
+@pytest.mark.parametrize("preset", ["tiny", "unix"])
+def test_every_stage_of_every_preset_takes_steps(preset, folder, tmp_path, monkeypatch):
+    """The preset's row of the table over a small model: nobody had run the paper's own."""
+    small = small_config(vocab=400, latent_side=32, max_tokens=256, vae={
+        "ch": 32, "mult": [1, 1, 1, 1, 1] if preset == "unix" else [1, 1, 1, 1], "blocks": 1,
+        "attn": [], "z": 4, "embed": 4}, latent_channels=4,
+        latent_patch=1 if preset == "unix" else 2)
+    monkeypatch.setitem(train.PRESETS, preset, small)
+    rows = {k: train.replace(s, pixels={0: 32, 1: 32, 2: 32, 3: 64}[k]) for k, s in
+            STAGES[preset].items()}
+    monkeypatch.setitem(STAGES, preset, rows)
+    for stage in (0, 1, 2, 3):
+        train.run(options(folder, tmp_path, stage, preset=preset, batch_size=2))
+    model = UniX.load(tmp_path)
+    assert model.config.resolution == 64 and model.llm2vae.weight.any()
+
+
+def test_a_released_folder_goes_through_stages_1_2_and_3(folder, tmp_path):
+    """--weights of a folder whose image encoder has another size than the preset's."""
+    texts = [phantom("train", i, 64).report for i in range(12)]
+    tokenizer = Tokenizer.train(texts + list(INSTRUCTIONS), 400, special=SPECIAL)
+    vae = VAE(ch=32, mult=[1, 1, 1, 1], blocks=1, attn=[], z=4, embed=4)
+    config = small_config(vocab=len(tokenizer), latent_side=32, max_tokens=256, latent_channels=4,
+                          bos=0, eos=1, boi=2, eoi=3)
+    UniX(config, tokenizer, vae).save(tmp_path / "released")
+    weights = tmp_path / "released"
+    for stage in (1, 2, 3):
+        train.run(options(folder, tmp_path / "own", stage, batch_size=2, weights=str(weights)))
+        weights = tmp_path / "own"
+    assert UniX.load(weights).config.vit_image == 32
+
+
+def test_an_eighth_of_the_reports_is_read_alone(folder, tmp_path):
+    """Those rows see no image and no prompt; all tokens of all reports count."""
+    row = train.replace(STAGES["tiny"][1], batch=4)
+    trainer = started(folder, tmp_path, 1, row)
+    batch, random = next(trainer.stream()), trainer.randomness(0)
+    other = batch | {"image": 255 - batch["image"]}
+    for flags, same in ((torch.ones(4) > 0, True), (torch.zeros(4) > 0, False)):
+        a, b = (trainer.losses(x, random | {"alone": flags})["text"] for x in (batch, other))
+        assert torch.equal(a, b) == same
+    trainer.stage = train.replace(row, batch=20_000)
+    assert abs(trainer.randomness(3)["alone"].float().mean() - 0.125) < 0.01
+    assert STAGES["unix"][1].ours.text_only == 0
+
+
+def test_flags_that_could_change_nothing_are_refused(read, folder, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(read, out)
+    with pytest.raises(UserError, match="--weights is new"):    # over a finished stage
+        train.run(options(folder, out, 1, weights=str(read)))
+    train.run(options(folder, out, 2))
+    other = tmp_path / "vae"
+    vae = load_vae(out / "vae" / "model.safetensors")
+    vae.encoder.conv_in.weight.data += 0.1
+    train.save_vae(vae, other)
+    with pytest.raises(UserError, match="latents of this autoencoder"):
+        train.run(options(folder, out, 3, vae=str(other / "model.safetensors")))
+    with pytest.raises(UserError, match="--share-layers 9: the model has 3"):
+        train.run(options(folder, tmp_path / "new", 1, share_layers=9))
+    with pytest.raises(UserError, match="--accumulate 5: a batch has only 4"):
+        train.run(options(folder, tmp_path / "new", 1, accumulate=5))
