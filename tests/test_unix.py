@@ -63,6 +63,17 @@ def test_report_loss_is_the_cross_entropy_of_the_report_alone(model, images):
     torch.testing.assert_close(total, by_hand, atol=1e-3, rtol=1e-4)
 
 
+def test_new_weights_are_small_and_biases_zero():
+    """N(0, 0.02) for every matrix (GPT-2, LLaMA), 0 for the output of latents."""
+    torch.manual_seed(0)
+    model = UniX(small_config(width=128))
+    for name, p in model.named_parameters():
+        if name == "llm2vae.weight" or name.endswith("bias"):
+            assert not p.any(), name
+        elif p.dim() == 2 and not name.startswith("vit."):
+            assert 0.018 < p.std() < 0.022, name
+
+
 def test_the_first_losses_are_as_expected():
     """Untrained: ln V a token, and 1 + E[x0^2] for the flow, whose output layer starts at zero."""
     torch.manual_seed(0)
@@ -176,6 +187,9 @@ def test_a_text_fills_the_context_with_its_markers(model):
     assert len(model.wrap(model.ids("x" * 62))) == 64
     with pytest.raises(UserError, match="63 tokens"):
         model.ids("x" * 63)
+    model.config.vocab = 50
+    with pytest.raises(UserError, match="tokenizer.json is not that of these weights"):
+        model.ids("xO")             # x is 40, O is 79
 
 
 @torch.no_grad()
@@ -187,7 +201,8 @@ def test_images_are_generated_as_the_config_says(model):
     how = {"points": 5, "scale": 3.0, "eta": 0.5, "interval": (0.2, 0.9)}
     want = model.generate(["some", "other"], 32, seeds=[0, 1], **how)
     assert torch.equal(model.generate(["some", "other"], points=5, scale=None), want)
-    for k, v in (("scale", 1.0), ("eta", 0.0), ("interval", (0.4, 1.0)), ("points", 6)):
+    for k, v in (("scale", 1.0), ("eta", 0.0), ("interval", (0.4, 1.0)), ("points", 6),
+                 ("shift", 1.0)):
         assert not torch.equal(model.generate(["some", "other"], 32, **(how | {k: v})), want), k
     c.no_context = True
     a, b = (model.generate([text], 32, seeds=[1], points=4) for text in ("some", "other"))
