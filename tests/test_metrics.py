@@ -2,11 +2,14 @@
 import json
 import pathlib
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import sample
+from data import HEART, Finding, paint, phantom, sample_scene
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "metrics"
 RNG = np.random.default_rng(0)
@@ -178,10 +181,103 @@ def test_intervals_of_biased_figures_are_moved_to_the_value():
     assert low < value == 100 < high and high - low < 20
 
 
+class Shift(torch.nn.Module):
+    """An autoencoder whose images come back brighter by some grey levels, one an image."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = iter(levels)
+
+    def moments(self, pixels):
+        return pixels
+
+    def latents(self, moments):
+        return moments
+
+    def decode(self, latents):
+        by = torch.tensor([next(self.levels) for _ in latents])
+        return latents + (by[:, None, None, None] + 0.5) / 127.5      # to_uint8 truncates
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")     # the interval of infinities
 def test_psnr_by_hand():
-    black, grey = np.zeros((4, 4)), np.full((4, 4), 0.1)
-    assert sample.psnr(black, grey) == pytest.approx(20)
-    assert sample.psnr(black, grey, peak=2) == pytest.approx(20 + 20 * np.log10(2))
-    assert sample.psnr(grey, grey) == float("inf")
-    with pytest.raises(ValueError):
-        sample.psnr(black, grey[:2])
+    """10 log10(255^2 / error^2), the mean over images; in chunks; no error is infinite."""
+    images = np.full((40, 4, 4), 100, np.uint8)
+    levels = [1] * 10 + [3] * 30
+    model = SimpleNamespace(vae=Shift(levels), device="cpu")
+    ((name, (value, low, high)),) = sample.reconstruction(model, images).items()
+    each = [20 * np.log10(255 / d) for d in levels]
+    assert name == "PSNR at 4 px, 40 images" and value == pytest.approx(np.mean(each))
+    assert low < value < high
+    model.vae = Shift([0] * 2)
+    assert sample.reconstruction(model, images[:2])["PSNR at 4 px, 2 images"][0] == np.inf
+
+
+# ---- the heart on an image -----------------------------------------------------------------------
+def test_heart_width_grows_with_severity():
+    for seed in range(10):
+        scene = sample_scene(np.random.default_rng(seed))
+        grades = [(), *((Finding("Cardiomegaly", severity=s),) for s in HEART)]
+        seen = [sample.heart_width(paint(scene, g, 64)) for g in grades]
+        assert all(a < b for a, b in zip(seen, seen[1:])), (seed, seen)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_heart_width_follows_the_true_ratio(size):
+    images = [phantom("val", i, size) for i in range(300)]
+    seen = np.array([sample.heart_width(p.image) for p in images])
+    true = np.array([p.heart_ratio for p in images])
+    assert np.isfinite(seen).all() and np.corrcoef(seen, true)[0, 1] > .9
+    assert abs(seen - true).mean() < .03
+    flat = [sample.heart_width(np.full((64, 64), v, np.uint8)) for v in (0, 128, 255)]
+    assert np.isfinite(flat).all()
+
+
+def test_hearts_are_measured_from_normal_to_severe():
+    """Two of three seeds rise all the way; texts say what is painted; images have a folder."""
+    def images(kind, wanted):
+        assert kind == "hearts" and len({seed for _, seed in wanted.values()}) == 3
+        painted = []
+        for text, seed in wanted.values():
+            level = ("normal", "mild", "severe").index(next(
+                w for w in ("normal", "mild", "severe") if w in text))
+            level = 1 - level // 2 if seed == 1001 else level           # falls at the end
+            grade = Finding("Cardiomegaly", severity=("", "mild", "severe")[level])
+            scene = sample_scene(np.random.default_rng(seed))
+            painted.append(paint(scene, (grade,) if level else (), 64))
+        return np.stack(painted)
+    found = sample.Evaluation.hearts(SimpleNamespace(images=images), count=3)
+    assert found["normal < mild < severe, share of seeds"][0] == pytest.approx(2 / 3)
+
+
+# ---- tables of details ---------------------------------------------------------------------------
+def test_details_of_report_scores_by_hand():
+    """Sides count where effusion, pneumothorax or opacity are in both reports and the true side is
+    known; severities count for every class."""
+    truth = ["Small left effusion.", "Large right pneumothorax.", "Severe cardiomegaly.",
+             "Left rib fracture.", "Effusion.", "Possible pneumonia. Consolidation."]
+    written = ["Small right effusion. Edema.", "Small right pneumothorax.", "Mild cardiomegaly.",
+               "Right rib fracture.", "Small left effusion.", "Pneumonia."]
+    found = {k: v[0] for k, v in sample.report_scores(truth, written).items()}
+    assert found["sides right"] == 1 / 2                        # left/right wrong, right/right
+    assert found["severity right"] == 1 / 3                     # small/small, two wrong
+    # positive: 5 of 6 are found, two are invented (edema, pneumonia for a consolidation)
+    assert found["micro F1-14"] == pytest.approx(2 * 5 / (6 + 7))
+    assert found["micro F1-14, uncertain as positive"] == pytest.approx(2 * 6 / (7 + 7))
+    # of the five: effusion twice, cardiomegaly; consolidation missed, edema invented
+    assert found["micro F1-5"] == pytest.approx(2 * 3 / (4 + 4))
+    assert found["macro F1-5"] == pytest.approx((1 + 1) / 5)
+    assert found["BLEU-1"] == pytest.approx(sample.bleu(truth, written)[0])
+    assert found["ROUGE-L"] == pytest.approx(sample.rouge_l(truth, written))
+    assert "sides right" not in sample.report_scores(["Edema."], ["Edema."])
+
+
+def test_details_of_image_scores():
+    real, fake = RNG.normal(size=(40, 3)), RNG.normal(size=(40, 3)) / 3
+    found = sample.image_scores(real, fake)
+    for name, value in sample.prdc(real, fake).items():
+        assert found[name][0] == value, name
+    assert found["precision"][0] > found["recall"][0] and found["precision"][2] <= 1
+    assert found["FD"][0] == sample.frechet_distance(real, fake)
+    assert list(sample.image_scores(real[:5], fake[:5])) == ["FD", "KD"]
+    assert sample.image_scores(real[:1], fake[:1]) == {}

@@ -19,7 +19,7 @@ import joint_attn
 import sample
 from ar import Tokenizer, vit_pixels
 from conftest import ROOT, small_config
-from data import UserError, impression, phantom_scene
+from data import UserError, impression, phantom, phantom_scene
 from diffusion import VAE
 from unix import INSTRUCTIONS, SPECIAL, Config, UniX
 
@@ -176,6 +176,26 @@ def test_report_and_generate(weights, image, tmp_path, capsys):
     assert (np.array(Image.open(tmp_path / "a.png")) == one).all()
     two = UniX.load(weights).generate(["ã"], seeds=[10], points=3, shift=3.0)[0, 0].numpy()
     assert (np.array(Image.open(tmp_path / "new" / names[2])) == two).all()
+
+
+def test_settings_are_as_asked_else_as_trained(weights):
+    model = UniX.load(weights)
+    model.config.guidance, model.config.eta = 2.5, 0.75
+
+    def settings(*words):
+        args = sample.parse(["look", "fine", "--weights", str(weights), *words])
+        return sample.settings(args, model), args.used
+    assert settings() == (
+        {"points": 50, "scale": 2.5, "shift": 3.0, "eta": 0.75},
+        f"weights {weights}, 48 px, guidance 2.5, 50 points, shift 3, eta 0.75")
+    asked = ("--points", "9", "--guidance", "1", "--shift", "1", "--eta", "0", "--size", "32")
+    assert settings(*asked) == ({"points": 9, "scale": 1.0, "shift": 1.0, "eta": 0.0},
+                                f"weights {weights}, 32 px, guidance 1, 9 points, shift 1, eta 0")
+
+
+def test_generate_takes_a_size(weights, tmp_path):
+    call(weights, "generate", "fine", "--size", 32, "--points", 3, "--out", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (32, 32)
 
 
 def test_a_report_is_sampled_as_asked(weights, image, capsys, monkeypatch):
@@ -354,56 +374,39 @@ def test_attention_weights_are_those_of_the_fused_attention(weights, image, monk
 def test_words_that_look_shows():
     def shown(text, split=1):
         ids = [text[i:i + split] for i in range(0, len(text), split)]
-        tokenizer = SimpleNamespace(decode="".join)
-        found = sample.words(tokenizer, ids)
-        return [(word, "".join(ids[i] for i in at)) for word, at in found]
-    text = "Large right-sided pleural effusion. The heart is mildly enlarged. No edema in it."
-    words = ["large", "right-sided", "pleural", "effusion", "heart", "mildly", "enlarged", "no",
-             "edema"]
-    assert shown(text) == [(w, w.replace("large", "Large").replace("no", "No")
-                            .replace("enLarged", "enlarged")) for w in words]
-    tokens = [part for _, part in shown(text, 3)]       # tokens that cut across words
-    assert [w for w, _ in shown(text, 3)] == words
-    for word, part in zip(words, tokens):
-        assert word in part.lower() and len(part) < len(word) + 5
-    assert [w for w, _ in shown("Why not?")] in (["why", "not"], ["not"])
-    assert [w for w, _ in shown("It is so")] == ["it", "is", "so"]
-
-
-def caption_weights(model, ids, seed, layers, points):
-    """The slow way: weights of every layer in every step, from the q and k that a hook finds."""
-    steps, side = [], model.latent_rows(None)
-    with sample.recorded() as seen:
-        for _ in model.sample_latents([ids], side, side, [seed], points=points):
-            steps.append(seen[:])
-            seen.clear()
-    steps[0] = steps[0][len(model.lm.tower.layers):]    # the first ones read the caption
-    return [sum(step[i] for i in layers) / len(layers) for step in steps]
+        found = sample.words(SimpleNamespace(decode="".join), ids)
+        return [word for word, _ in found], ["".join(ids[i] for i in at) for _, at in found]
+    text = "FINDINGS: Large right-sided effusion in the lung. It is a small heart. IMPRESSION: No."
+    words = ["large", "right-sided", "effusion", "small", "heart", "no"]
+    assert shown(text) == (words, ["Large", "right-sided", "effusion", "small", "heart", "No"])
+    found, tokens = shown(text, 3)                      # tokens that cut across words
+    assert found == words
+    for word, token in zip(words, tokens):
+        assert word in token.lower() and len(token) < len(word) + 5
 
 
 def test_maps_of_a_caption(weights):
     model = UniX.load(weights)
-    ids = model.ids("Large left effusion.")
-    for chosen, layers in ((slice(None), (0, 1, 2)), (slice(1, 2), (1,))):
-        latents, maps = sample.caption_maps(model, ids, None, 3, chosen, points=5)
-        assert latents.shape == (4, 16, 6, 6) and maps.shape == (4, 6, 6, len(ids))
-        for weights_, map_ in zip(caption_weights(model, ids, 3, layers, 5), maps):
-            n = len(ids) + 2                            # BOS text EOS, markers, latents
-            assert weights_.shape == (2 + 36, n + 2 + 36)
-            for row, column, token in ((0, 0, 0), (0, 5, 1), (4, 2, len(ids) - 1)):
-                got = map_[row, column, token]
-                assert got == pytest.approx(weights_[2 + 6 * row + column, 1 + token].item())
-    side = model.latent_rows(None)
-    (*_, last) = model.sample_latents([ids], side, side, [3], points=5)
+    ids, side, steps = model.ids("Large left effusion."), model.latent_rows(None), []
+    latents, maps = sample.caption_maps(model, ids, None, 3, points=5)
+    assert latents.shape == (4, 16, 6, 6) and maps.shape == (4, 3, 6, 6, len(ids))
+    with sample.recorded() as seen:
+        for last in model.sample_latents([ids], side, side, [3], points=5):
+            steps.append(seen[-3:])
     assert torch.equal(latents[-1:], last)
+    for step, layer, row, column, token in ((0, 0, 0, 0, 0), (3, 2, 0, 5, 1),
+                                            (1, 1, 4, 2, len(ids) - 1)):
+        whole = steps[step][layer]                      # BOS text EOS, markers, latents
+        assert whole.shape == (2 + 36, len(ids) + 2 + 2 + 36)
+        assert maps[step, layer, row, column, token] == whole[2 + 6 * row + column, 1 + token]
 
 
 def test_maps_of_a_report(weights, monkeypatch):
     model = UniX.load(weights)
     image = np.random.default_rng(0).integers(0, 255, (48, 48), np.uint8)
     monkeypatch.setattr(sample, "read", lambda *_: ["Small left effusion."])
-    ids, maps = sample.report_maps(model, image, slice(2, 3))
-    assert ids == model.ids("Small left effusion.") and maps.shape == (1, 6, 6, len(ids))
+    ids, maps = sample.report_maps(model, image)
+    assert ids == model.ids("Small left effusion.") and maps.shape == (1, 3, 6, 6, len(ids))
     before = [*model.wrap(model.ids(INSTRUCTIONS[0])), model.config.bos]
     block = model.embed_image(vit_pixels(torch.from_numpy(image[None]).float()))
     for at in (0, len(ids) - 1):        # a token that is the last of its text
@@ -411,7 +414,7 @@ def test_maps_of_a_report(weights, monkeypatch):
         with sample.recorded() as seen:
             model.lm.read_text(tokens, torch.tensor([tokens.shape[1]]), block)
         want = seen[4][-1, 1:37].reshape(6, 6)          # layer 3: after two of each layer before
-        assert torch.allclose(maps[0, ..., at], want, atol=1e-6)
+        assert torch.allclose(maps[0, 2, ..., at], want, atol=1e-6)
 
 
 def test_overlay():
@@ -424,7 +427,7 @@ def test_overlay():
 def test_look(weights, image, tmp_path, capsys, monkeypatch):
     sheets = []
     monkeypatch.setattr(sample, "sheet", lambda *how: sheets.append(how))
-    call(weights, "look", "Large left effusion of the chest.", "--points", 12, "--seed", 3,
+    call(weights, "look", "Large left effusion in the lung.", "--points", 12, "--seed", 3,
          "--out", tmp_path / "a.png")
     cells, captions, columns, out = sheets[0]
     assert columns == 8 and len(cells) == len(captions) == 8 * 4 and out == tmp_path / "a.png"
@@ -432,7 +435,7 @@ def test_look(weights, image, tmp_path, capsys, monkeypatch):
     assert [c.split()[0] for c in captions[8::8]] == ["large", "left", "effusion"]
     assert all(c.endswith("%") for c in captions[8:]) and "at t = 1.00" in captions[8]
     assert len({c.splitlines()[1] for c in captions[8:16]}) == 1        # one scale a row
-    made = UniX.load(weights).generate(["Large left effusion of the chest."], seeds=[3], points=12)
+    made = UniX.load(weights).generate(["Large left effusion in the lung."], seeds=[3], points=12)
     assert (cells[7] == made[0, 0].numpy()).all()
     for row in range(8, 32, 8):         # red only on top of the last image, somewhere all of it
         added = [c[..., 0] - c[..., 2].astype(int) for c in cells[row:row + 8]]
@@ -445,7 +448,7 @@ def test_look(weights, image, tmp_path, capsys, monkeypatch):
     call(weights, "look", image, "--out", tmp_path / "b.png")
     cells, captions, columns, out = sheets[1]
     assert [c.split()[0] for c in captions] == [image, "small", "left", "effusion"]
-    assert columns == 6 and [c.shape for c in cells] == [(48, 48, 3)] * 4
+    assert columns == 6 and [c.shape for c in cells] == [(48, 48)] + [(48, 48, 3)] * 3
     assert capsys.readouterr().out == f"Small left effusion is there.\nwrote {out}\n"
     monkeypatch.undo()
     call(weights, "look", "Large left effusion.", "--points", 3, "--layer", 2,
@@ -511,6 +514,29 @@ def test_evaluate_scores_everything_and_resumes(weights, tmp_path, monkeypatch, 
     assert (out / "images" / "reports" / "3.png").read_bytes() != before
 
 
+def test_the_origin_of_an_evaluation(weights, tmp_path):
+    """Other weights, data, seed, size or settings: the origin. More images of a text: not."""
+    shutil.copytree(weights, tmp_path / "weights")
+
+    def origin(*words):
+        args = sample.parse(["evaluate", "--weights", str(tmp_path / "weights"), "--device", "cpu",
+                             "--out", str(tmp_path / "e"), *words])
+        sample.Evaluation(args)
+        kept = (tmp_path / "e" / "a.csv").exists() and (tmp_path / "e/images/x/a.png").exists()
+        (tmp_path / "e" / "images" / "x").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "e" / "a.csv").touch()
+        (tmp_path / "e" / "images" / "x" / "a.png").touch()
+        return kept
+    origin()
+    assert origin() and origin("--best-of", "3") and origin("--samples", "9", "--seed", "0")
+    assert origin("--judge", str(weights)) and origin("--points", "50", "--shift", "3")
+    for words in (("--seed", "1"), ("--points", "9"), ("--guidance", "5"), ("--eta", ".5"),
+                  ("--shift", "2"), ("--size", "32"), ("--split", "test"), ("--precision", "bf16")):
+        assert not origin(*words) and origin(*words), words
+    os.utime(tmp_path / "weights" / "config.json", (1, 1))      # trained further
+    assert not origin(*words)
+
+
 def test_evaluate_best_of_and_a_second_reader(weights, tmp_path, monkeypatch, capsys):
     """The reader calls the second of each three images right, the judge nothing."""
     model = UniX.load(weights)
@@ -527,12 +553,21 @@ def test_evaluate_best_of_and_a_second_reader(weights, tmp_path, monkeypatch, ca
     sizes = []
     monkeypatch.setattr(sample, "read", reads)
     monkeypatch.setattr(sample.Evaluation, "hearts", lambda self: {})
+    sheets = {}
+    monkeypatch.setattr(sample, "sheet", lambda *how: sheets.update({how[-1].name: how}))
     call(weights, "evaluate", "--out", tmp_path / "e", "--samples", 4, "--points", 3, "--best-of",
          3, "--judge", tmp_path / "judge")
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
     for kind in ("reports", "impressions"):
         table = metrics[f"round trip of {kind}: generated images read back"]
         assert table["micro F1-14"][0] == 1 and table["micro F1-14, second reader"][0] == 0
+        assert table["micro F1-14 of the true images (ceiling)"][0] == 0
+        cells, captions = sheets[f"{kind}.png"][:2]
+        text = impression(texts[1]) if kind == "impressions" else texts[1]
+        assert captions[2:4] == [f"TRUE IMAGE\n{text}", f"GENERATED, AND READ AS\n{text}"]
+        assert (cells[2] == phantom("val", 1, 48).image).all()
+        chosen = Image.open(tmp_path / "e" / "images" / kind / "1-1.png")
+        assert (cells[3] == np.array(chosen)).all()
         names = {p.name for p in (tmp_path / "e" / "images" / kind).iterdir()}
         assert names == {f"{i}{k}.png" for i in range(4) for k in ("", "-1", "-2")}
     seeds = [Image.open(tmp_path / "e" / "images" / "reports" / f"2{k}.png") for k in ("", "-2")]
