@@ -8,7 +8,7 @@ import pictures
 from course import ROOT, close, differs, install, noise
 
 TITLE = "Guidance that does not burn"
-EQUATION = "Sec. 3.3"
+EQUATION = "Eq. 2, guided"
 LAB = "flow"
 MINUTES = 20
 DIFFICULTY = 2
@@ -102,8 +102,8 @@ def check_global(lib, seed):
           "over the batch")
     longer = got.flatten(1).norm(dim=1) > c.flatten(1).norm(dim=1) * 1.001
     assert not bool(longer.any()), "with renorm=\"global\" no sample may be longer than its cond"
-    close(got, slow_guide(c, u, 5.0), "with renorm=\"global\" v must be scaled by |cond| / |v| over "
-          "all tokens and channels of a sample")
+    close(got, slow_guide(c, u, 5.0), "with renorm=\"global\" v must be scaled by |cond| / |v| "
+          "over all tokens and channels of a sample")
 
 
 def check_channel(lib, seed):
@@ -112,8 +112,8 @@ def check_channel(lib, seed):
     got = lib.diffusion.guide(c, u, 5.0, "channel")
     longer = got.norm(dim=2) > c.norm(dim=2) * 1.001
     assert not bool(longer.any()), "with renorm=\"channel\" no token may be longer than its cond"
-    close(got, slow_guide(c, u, 5.0, "channel"), "with renorm=\"channel\" each token must be scaled "
-          "by its own |cond| / |v|, over its channels")
+    close(got, slow_guide(c, u, 5.0, "channel"), "with renorm=\"channel\" each token must be "
+          "scaled by its own |cond| / |v|, over its channels")
 
 
 def check_least(lib, seed):
