@@ -13,6 +13,7 @@ import course  # noqa: E402
 import grade  # noqa: E402
 import handout  # noqa: E402
 import labs  # noqa: E402
+import plan  # noqa: E402
 
 CLEAN = course.clean_sources()
 ALL = course.exercises()
@@ -185,3 +186,13 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, write, said):
     write(tmp_path / "diffusion.py")
     found = grade.grade_one(tmp_path, 1, ALL[1], CLEAN, 0, grade.Judge())
     assert not found["passed"] and said in found["why"] and "\n" not in found["why"]
+
+
+def test_the_plan_names_what_exists():
+    """Six sittings, each exercise once, and every function to read is in the files."""
+    numbers = [n for _, _, numbers, _ in plan.SITTINGS for n in numbers]
+    assert len(plan.SITTINGS) == 6 and sorted(numbers) == numbers and set(ALL) <= set(numbers)
+    for _, targets, _, _ in plan.SITTINGS:
+        for target in targets:
+            first, last = plan.lines(target, CLEAN)
+            assert 0 < first <= last, target
