@@ -13,6 +13,7 @@ import course  # noqa: E402
 import grade  # noqa: E402
 import handout  # noqa: E402
 import labs  # noqa: E402
+import plan  # noqa: E402
 
 CLEAN = course.clean_sources()
 ALL = course.exercises()
@@ -101,6 +102,9 @@ def test_a_handout_is_blank_where_it_should_be_and_hides_the_answers(only_9):
         text = (only_9 / "tests" / "exercises" / f"e{n:02d}.py").read_text()
         assert not re.search(r"^(RIGHT|WRONG|PLAIN)\b", text, re.M)
         assert "def check_" in text and "TEXT = " in text
+    for helper in ("lab_flow", "lab_towers", "oracles", "predict", "show"):
+        assert (only_9 / "tests" / "exercises" / f"{helper}.py").exists()
+    assert not (only_9 / "tests" / "exercises" / "grade.py").exists()
     sheet = (only_9 / "EXERCISES.md").read_text()
     for n, m in ALL.items():
         assert f"### Exercise {n}. {m.TITLE}" in sheet and f"test_exercise_{n:02d}.py" in sheet
@@ -118,13 +122,14 @@ def test_pytest_in_a_handout_is_red_for_the_blank_functions_alone(only_9):
 
 HOSTILE = {     # target: (an answer, what the grade says of its exercise; "" where it passes)
     "diffusion.path": ("def path(x0, eps, t):\n    while True:\n        pass", "longer than"),
-    "diffusion.sample_time": ("def sample_time(b, generator=None, shift=1.0):\n    exit(0)", "exit"),
+    "diffusion.sample_time": ("def sample_time(b, generator=None, shift=1.0):\n    exit(0)",
+                              "exit"),
     "diffusion.guide": ("def guide(cond, uncond, scale, renorm='global', least=0.0):\n    return (",
                         "syntax error"),
     "diffusion.position_ids": (ALL[5].RIGHT["diffusion.position_ids"].replace(
         "    n =", "    print('passed')\n    n ="), ""),
-    "joint_attn.rope": ("def rope(ids, dim):\n    t = torch\n    t.isfinite = lambda *a: t.ones(1)\n"
-                        "    return t.ones(1), t.ones(1)", "changes isfinite"),
+    "joint_attn.rope": ("def rope(ids, dim):\n    t = torch\n"
+                        "    t.isfinite = lambda *a: t.ones(1)\n    return t.ones(1), t.ones(1)", "changes isfinite"),
     "joint_attn.Expert.qkv": ("def qkv(self, x, cos_sin):\n    import os\n    os._exit(0)",
                               "imports os"),
     "joint_attn.Layer.read": ("def read(self, x, cos_sin, n_image):\n    return open('/x')",
@@ -139,7 +144,7 @@ def test_a_hostile_handin_costs_only_its_own_exercises(tmp_path, monkeypatch):
     """Loops, exits, prints, syntax errors, changed tests, and attempts at the checks themselves."""
     monkeypatch.setattr(grade, "SECONDS", 3)
     syntax, sources = "diffusion.guide", dict(CLEAN)
-    for target in [*(t for t in HOSTILE if t != syntax), syntax]:   # that file cannot be parsed then
+    for target in [*(t for t in HOSTILE if t != syntax), syntax]:   # breaks its file, so last
         file, name = course.split_target(target)
         sources[file] = course.replace(sources[file], name, HOSTILE[target][0])
     for name, text in sources.items():
@@ -181,3 +186,13 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, write, said):
     write(tmp_path / "diffusion.py")
     found = grade.grade_one(tmp_path, 1, ALL[1], CLEAN, 0, grade.Judge())
     assert not found["passed"] and said in found["why"] and "\n" not in found["why"]
+
+
+def test_the_plan_names_what_exists():
+    """Six sittings, each exercise once, and every function to read is in the files."""
+    numbers = [n for _, _, numbers, _ in plan.SITTINGS for n in numbers]
+    assert len(plan.SITTINGS) == 6 and sorted(numbers) == numbers and set(ALL) <= set(numbers)
+    for _, targets, _, _ in plan.SITTINGS:
+        for target in targets:
+            first, last = plan.lines(target, CLEAN)
+            assert 0 < first <= last, target

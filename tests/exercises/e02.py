@@ -8,7 +8,7 @@ import pictures
 from course import close, install
 
 TITLE = "Which times to train on"
-EQUATION = "Sec. 3.3"
+EQUATION = "Eq. 2, its times"
 LAB = "flow"
 MINUTES = 15
 DIFFICULTY = 1

@@ -43,8 +43,8 @@ HINTS = (
     "asked? Never at t = 0.",
     "Loop over pairs of neighbours in the shifted times: `zip(times[:-1], times[1:])`. Expand the "
     "time to `(b,)` for the network.",
-    "`x = x - v * (t - after)` makes a new tensor, where `x -= ...` changes the caller's. Decide on "
-    "guidance with the shifted `t`, before you call the network.",
+    "`x = x - v * (t - after)` makes a new tensor, where `x -= ...` changes the caller's. Decide "
+    "on guidance with the shifted `t`, before you call the network.",
 )
 SEES = ("A cloud of noise narrows and becomes the letters UniX; they are sharp only at the end. "
         "Below: the error falls as 1 / steps, which is what Euler's method can do.")
@@ -137,8 +137,8 @@ def check_step_length(lib, seed):
                 velocity, x, points, shift, 1.0)):
             close(v, want_v, "sample() must yield the velocity at the beginning of the step: at "
                   "the current x and time")
-            close(after, want, "a step must be v times the difference of the two shifted times, and "
-                  f"x after it is yielded (shift {shift:g})")
+            close(after, want, "a step must be v times the difference of the two shifted times, "
+                  f"and x after it is yielded (shift {shift:g})")
 
 
 def check_guided_interval(lib, seed):
@@ -294,9 +294,9 @@ def sample(velocity, x, points=50, shift=3.0, scale=2.0, interval=(0.4, 1.0), et
 """
 WRONG = {
     "adds v": variant("x - v * (t - after)", "x + v * (t - after)"),
-    "one step too many": variant("1, 0, points)\n    times = shift_time(plain, shift)\n    for i in "
-                                 "range(points - 1)", "1, 0, points + 1)\n    times = shift_time("
-                                 "plain, shift)\n    for i in range(points)"),
+    "one step too many": variant("1, 0, points)\n    times = shift_time(plain, shift)\n    for i "
+                                 "in range(points - 1)", "1, 0, points + 1)\n    times = shift_time"
+                                 "(plain, shift)\n    for i in range(points)"),
     "ends one step early": variant("range(points - 1)", "range(points - 2)"),
     "guided at the lower end": variant("interval[0] < t", "interval[0] <= t"),
     "not guided at the upper end": variant("t <= interval[1]", "t < interval[1]"),

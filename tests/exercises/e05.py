@@ -17,16 +17,16 @@ TEXT = """
 A latent token enters the tower as `Linear(x_t) + time + position`. Both are made of sines and
 cosines. The paper is silent on details; these are the released code's.
 
-**`time_features(t, dim)`**: t `(b,)` in [0, 1], *unscaled* (not times 1000), gives `(b, dim)`, first
-all cosines, then all sines:
+**`time_features(t, dim)`**: t `(b,)` in [0, 1], *unscaled* (not times 1000), gives `(b, dim)`,
+first all cosines, then all sines:
 
     rate_i = 10000^(-i / (dim/2)),   i = 0 ... dim/2 - 1
     [cos(t rate_0), cos(t rate_1), ..., sin(t rate_0), sin(t rate_1), ...]
 
-**`position_table(side, width)`**: a table `(side * side, width)`, float32, one row for each place of
-a square. Place (row, column) is table row `row * side + column`. The **first half** of the channels
-says the **column**, the second half the row. Each half, of a number `p`, is first all **sines**,
-then all cosines (the other way round than for time):
+**`position_table(side, width)`**: a table `(side * side, width)`, float32, one row for each place
+of a square. Place (row, column) is table row `row * side + column`. The **first half** of the
+channels says the **column**, the second half the row. Each half, of a number `p`, is first all
+**sines**, then all cosines (the other way round than for time):
 
     rate_i = 10000^(-i / (width/4)),   i = 0 ... width/4 - 1
     [sin(p rate_0), sin(p rate_1), ..., cos(p rate_0), cos(p rate_1), ...]
@@ -51,8 +51,8 @@ HINTS = (
     "column first) shows in them.",
     "An outer product gives all angles at once: `t[:, None] * rate`, then `torch.cat` of two "
     "halves. For the table make one line of `side` places, then use it for columns and rows.",
-    "`line[None].expand(side, -1, -1)` varies with the column, `line[:, None].expand(-1, side, -1)` "
-    "with the row. Concatenate on the last axis, then flatten the first two.",
+    "`line[None].expand(side, -1, -1)` varies with the column, `line[:, None].expand(-1, side, "
+    "-1)` with the row. Concatenate on the last axis, then flatten the first two.",
 )
 SEES = ("Left: how alike one place is to all others: brightest there, in a cross along its row and "
         "its column. Right: the features of time, fast channels first.")
@@ -138,7 +138,8 @@ def check_ids(lib, seed):
     for h, w, side in ((2, 3, 32), (4, 2, 8), (1, 5, 6)):
         got = lib.diffusion.position_ids(h, w, side)
         assert not got.is_floating_point(), "position_ids() must be integers, to index a table"
-        assert got.shape == (h * w,), f"position_ids() must have shape (h w,), not {tuple(got.shape)}"
+        assert got.shape == (h * w,), (
+            f"position_ids() must have shape (h w,), not {tuple(got.shape)}")
         columns = slow_ids(h, w, side).view(h, w).T.flatten()
         assert min(h, w) == 1 or not torch.equal(got, columns), (
             "position_ids() must go through the tokens row by row, not column by column")
@@ -177,7 +178,7 @@ def show(lib):
     table = table / table.norm(dim=1, keepdim=True)
     for row, column in ((3, 4), (10, 12)):
         cosine = (table @ table[row * 16 + column]).view(16, 16)
-        maps.append(pictures.titled(pictures.matrix(cosine, cell=10, low=-0.2), "alike to row "
+        maps.append(pictures.titled(pictures.matrix(cosine, cell=10, low=0.6), "alike to row "
                                     f"{row}, column {column}", 12))
     ids = lib.diffusion.position_ids(4, 4, 16, True)
     used = torch.zeros(256)

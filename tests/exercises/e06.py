@@ -39,8 +39,8 @@ Worked example, k = 4, position 2, x = [1, 0, 0, 1]: angles are 2 and 0.02. Pair
 """
 HINTS = (
     "Think of a pair as a complex number a + ib. What multiplies it?",
-    "Give cosines and sines all `dim` channels, the same in both halves, so that `x * cos` needs no "
-    "slicing. The other term is x with its halves exchanged.",
+    "Give cosines and sines all `dim` channels, the same in both halves, so that `x * cos` needs "
+    "no slicing. The other term is x with its halves exchanged.",
     "`x.roll(k // 2, -1)` exchanges the halves. The new first half needs -sin, the new second half "
     "+sin. Compute in float32 and convert back to `x.dtype` at the end.",
 )
@@ -158,10 +158,10 @@ def show(lib):
         at = turned(lib, x.expand(1, 1, 121, k), torch.arange(121)[None])[0, 0]
         lines[name] = distance, at @ at[60]
     curve = pictures.titled(pictures.curves(lines, ("distance", "dot product"), (400, 250),
-                                            low=False, y=(-0.6, 2.0)), "a vector and itself, moved")
+                                            low=False, y=(-0.2, 1.9)), "a vector and itself, moved")
     x = torch.ones(1, 1, 24, 32) / 32 ** 0.5
     at = turned(lib, x, torch.arange(24)[None])[0, 0]
-    table = pictures.matrix(at @ at.T, cell=9, low=-0.4)
+    table = pictures.matrix(at @ at.T, cell=9, low=0.2)
     return pictures.beside([curve, pictures.titled(table, "positions 0 to 23", 12)])
 
 
@@ -211,7 +211,8 @@ WRONG = {
     "another base": both(ANGLE.replace("THETA", "500000.0"), A, B),
     "a reflection": both(ANGLE, A, "a * sin - b * cos"),
     "cosine alone": both(ANGLE, "a * cos", "b * cos"),
-    "starts at 1": both(ANGLE.replace("ids[:, None, :, None]", "(ids[:, None, :, None] + 1)"), A, B),
+    "starts at 1": both(ANGLE.replace("ids[:, None, :, None]", "(1 + ids[:, None, :, None])"),
+                        A, B),
     "position by index": both("torch.arange(ids.shape[1])[None, None, :, None].expand(len(ids), 1, "
                               "-1, 1) * THETA ** (-2 * i / dim)", A, B),
     "halves exchanged": both(ANGLE, A, B, "torch.cat([new_b, new_a], -1)"),

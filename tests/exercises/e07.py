@@ -39,7 +39,8 @@ A slow specification is `expert_qkv` and `expert_finish` in `tests/exercises/ora
 sequence at a time, written with loops over heads.
 """
 HINTS = (
-    "For the heads: which of `(b, l, h, k)` and `(b, h, l, k)` is a plain `view` of `(b, l, h * k)`?",
+    "For the heads: which of `(b, l, h, k)` and `(b, h, l, k)` is a plain `view` of "
+    "`(b, l, h * k)`?",
     "`view(b, l, -1, head_dim).transpose(1, 2)` cuts; `-1` finds h or g. For `finish` the way back "
     "is `transpose(1, 2).flatten(2)`. einops' `rearrange` says the same in letters.",
     "q is `rotate(self.q_norm(q), cos_sin)`, k likewise, v as it is. In `finish`, keep the sum of "
@@ -78,8 +79,8 @@ def check_values_of_v(lib, seed):
                                "two middle axes")
     turned = torch.stack([oracles.rotated_all(a, i) for a, i in zip(want, ids)])
     assert differs(v, turned), "v must not be rotated: only q and k have a position"
-    close(v, want, "v must be v_proj of input_layernorm(x), cut into heads: head j has the channels "
-          "from j * head_dim")
+    close(v, want, "v must be v_proj of input_layernorm(x), cut into heads: head j has the "
+          "channels from j * head_dim")
 
 
 def check_queries_and_keys(lib, seed):
@@ -94,8 +95,8 @@ def check_queries_and_keys(lib, seed):
     want = [torch.stack(a) for a in zip(*(oracles.expert_qkv(expert, a, i)
                                           for a, i in zip(x, ids)))]
     for name, got, ours in (("q", q, want[0]), ("k", k, want[1])):
-        close(got, ours, f"{name} must be normed ({name}_norm, over each head) and then rotated, in "
-              "this order")
+        close(got, ours, f"{name} must be normed ({name}_norm, over each head) and then rotated, "
+              "in this order")
 
 
 def check_finish_attention(lib, seed):
@@ -132,8 +133,8 @@ def check_finish_all(lib, seed):
     expert, x, *_ = setting(lib, seed, 3, 3)
     mixed = noise(seed + 1, 2, 3, 5, 8)
     want = torch.stack([oracles.expert_finish(expert, a, m) for a, m in zip(x, mixed)])
-    close(expert.finish(x, mixed), want, "the MLP must read the norm of x + attention, and be added "
-          "to x + attention")
+    close(expert.finish(x, mixed), want, "the MLP must read the norm of x + attention, and be "
+          "added to x + attention")
     one = expert.finish(x[:1, :2], mixed[:1, :, :2])
     close(one, want[:1, :2], "a token must be finished the same in any batch: each by itself")
 

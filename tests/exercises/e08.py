@@ -83,8 +83,8 @@ def check_returns(lib, seed):
 def check_image_sees_itself(lib, seed):
     """The image block sees itself in both directions, and no text."""
     sees = measured(lib, seed, 4, 3)
-    assert bool(sees[:4, :4].all()), ("every image token must see every other one, also those after "
-                                      "it: the image block must not be causal")
+    assert bool(sees[:4, :4].all()), ("every image token must see every other one, also those "
+                                      "after it: the image block must not be causal")
     assert not bool(sees[:4, 4:].any()), "no image token may see text"
 
 
@@ -107,11 +107,11 @@ def check_values(lib, seed):
         x, cos_sin = noise(seed, 2, n, 24), oracles.angles(torch.tensor([ids]), 8)
         got, pair = layer.read(x, cos_sin, n_image)
         slow = [oracles.layer([layer.und] * n, a, ids, sees_of(n_image, n_text)) for a in x]
-        close(got, torch.stack([s[0] for s in slow]), "new tokens must be those of Eq. 3-5 with the "
-              f"mask of the text, all with expert und (n_image = {n_image})")
+        close(got, torch.stack([s[0] for s in slow]), "new tokens must be those of Eq. 3-5 with "
+              f"the mask of the text, all with expert und (n_image = {n_image})")
         for i, name in enumerate(("keys", "values")):
-            close(pair[i], torch.stack([s[1][i] for s in slow]), f"read() must return the {name} of "
-                  "all tokens, as qkv() gives them")
+            close(pair[i], torch.stack([s[1][i] for s in slow]), f"read() must return the {name} "
+                  "of all tokens, as qkv() gives them")
 
 
 def check_padding(lib, seed):

@@ -33,9 +33,9 @@ of it there are only keys and values, `past`. Left are two kinds of tokens, and 
 Return the new `boi_eoi` and the new `x`, shapes as they came.
 
 `frozen=True` (stages 2 and 3): expert `und` gets no gradient, neither through the new markers nor
-through the new latents. Whatever it computes is computed without gradient: `torch.no_grad()`. Values
-are the same as with `frozen=False`, expert `gen` and `x` get their gradient as usual. If the caller
-works without gradients, so do you, frozen or not.
+through the new latents. Whatever it computes is computed without gradient: `torch.no_grad()`.
+Values are the same as with `frozen=False`, expert `gen` and `x` get their gradient as usual. If the
+caller works without gradients, so do you, frozen or not.
 
 Worked example of the sizes, b = 1, 3 text tokens, 4 latents, 2 heads: `past[0]` is (1, 2, 3, k), q
 is (1, 2, 6, k), k is (1, 2, 9, k), the softmax matrix of a head is 6 x 9, and no entry of it is 0.
@@ -102,8 +102,8 @@ def check_returns(lib, seed):
     s = Setting(lib, seed)
     shapes = [tuple(a.shape) for a in s.run(s.past)]
     assert shapes == [(2, 2, 24), (2, 4, 24)], (
-        f"denoise() must return markers (b, 2, d) and latents (b, n, d), here (2, 2, 24) and (2, 4, "
-        f"24), not {shapes}")
+        f"denoise() must return markers (b, 2, d) and latents (b, n, d), here (2, 2, 24) and (2, "
+        f"4, 24), not {shapes}")
 
 
 def check_experts(lib, seed):
@@ -214,8 +214,8 @@ def check_frozen_gradient(lib, seed):
     s.layer.zero_grad()
     _, want = s.slow(s.past, freeze=True)
     want.square().sum().backward()
-    close(grad, s.layer.gen.k_proj.weight.grad, "with frozen=True the gradient of expert gen must be "
-          "that of the new latents, with all that expert und computes held constant", 1e-3, 1e-3)
+    close(grad, s.layer.gen.k_proj.weight.grad, "with frozen=True the gradient of expert gen must "
+          "be that of the new latents, with all that expert und computes held constant", 1e-3, 1e-3)
 
 
 def check_free_gradient(lib, seed):
@@ -252,7 +252,8 @@ def check_shared(lib, seed):
     s = Setting(lib, seed, shared=True)
     with torch.no_grad():
         for a, b in zip(s.run(s.past), s.slow(s.past)):
-            close(a, b, "with shared experts (und is gen) the result must follow the same equations")
+            close(a, b, "with shared experts (und is gen) the result must follow the same "
+                  "equations")
 
 
 def check_arguments_stay(lib, seed):
@@ -369,7 +370,8 @@ WRONG = {
     keep = torch.ones(1, 1, 1, k.shape[2], dtype=torch.bool)
     keep[..., n - 2:n] = False
     mixed = torch.cat([attend(q[:, :, :2], k, v, mask),
-                       attend(q[:, :, 2:], k, v, keep if mask is None else keep & mask)], dim=2)"""),
+                       attend(q[:, :, 2:], k, v, keep if mask is None else keep & mask)],
+                      dim=2)"""),
     "mask forgotten": variant(ATTEND, "mixed = attend(q, k, v)"),
     "text behind the block": variant(PAST, "k, v = torch.cat([k, past[0]], dim=2), "
                                            "torch.cat([v, past[1]], dim=2)"),
@@ -377,7 +379,7 @@ WRONG = {
                                              "torch.cat([past[0], v], dim=2)"),
     "latents first": variant("mixed_u, mixed_g = mixed.split([2, x.shape[1]], dim=2)",
                              "mixed_g, mixed_u = mixed.split([x.shape[1], 2], dim=2)"),
-    "markers are not renewed": variant("return boi_eoi,", "return boi_eoi - boi_eoi + 0 * x[:, :2],"),
+    "markers are lost": variant("return boi_eoi,", "return 0 * x[:, :2],"),
     "not frozen": variant("and not frozen", ""),
     "frozen half: finish": variant("    with torch.set_grad_enabled(grad):\n        boi_eoi =",
                                    "    if True:\n        boi_eoi ="),

@@ -21,8 +21,8 @@ Captions of a batch have different lengths, and guidance needs the network witho
 A key of zeros is still a key: its score is 0, e^0 = 1, and it takes its share of the softmax. So
 what must not be seen is masked, and zeroing does not do. Write three methods:
 
-- **`mask(extra)`**: None if the context is not ragged. Else bool `(b, 1, 1, l + extra)`: True at the
-  first `length[i]` keys of sample i, False at its padding, and True at `extra` more keys (the
+- **`mask(extra)`**: None if the context is not ragged. Else bool `(b, 1, 1, l + extra)`: True at
+  the first `length[i]` keys of sample i, False at its padding, and True at `extra` more keys (the
   markers and latents of the block), which come behind.
 - **`drop(rows)`**: `rows` is bool `(b,)`. A new context that is *empty* where rows is True: length
   0, and next_id 0, as if there had never been a caption. Other samples keep theirs. The result must
@@ -42,12 +42,12 @@ A `Context` is a NamedTuple: make a new one with `Context(kv, length, next_id, r
 `self._replace(...)`.
 """
 HINTS = (
-    "Which comparison between `torch.arange(l)` and `length` is True at the tokens and False at the "
-    "padding? Check it at index 0 of a sample of length 0.",
-    "An empty caption is a caption of length 0, all of whose keys are padding. Then `mask` does the "
-    "rest, and `kv` may stay as it is.",
-    "`keep = ~rows`; `length * keep`, `next_id * keep`, ragged True. For with_empty: repeat all four "
-    "along the batch, `a.repeat(2, 1, 1, 1)`, then drop the second half.",
+    "Which comparison between `torch.arange(l)` and `length` is True at the tokens and False at "
+    "the padding? Check it at index 0 of a sample of length 0.",
+    "An empty caption is a caption of length 0, all of whose keys are padding. Then `mask` does "
+    "the rest, and `kv` may stay as it is.",
+    "`keep = ~rows`; `length * keep`, `next_id * keep`, ragged True. For with_empty: repeat all "
+    "four along the batch, `a.repeat(2, 1, 1, 1)`, then drop the second half.",
 )
 SEES = ("How the softmax of one latent is shared: with its caption, with the caption dropped (all "
         "weight to the block), and what zeroed keys would have taken.")
@@ -89,7 +89,8 @@ def check_mask(lib, seed):
         assert got.shape == (3, 1, 1, 4 + extra), (
             f"mask({extra}) must have shape (b, 1, 1, l + extra), not {tuple(got.shape)}")
         assert got.dtype == torch.bool, "mask() must be of bool, True where a key is seen"
-        assert bool(got[..., 4:].all()), "mask() must be True at the extra keys: the block sees itself"
+        assert bool(got[..., 4:].all()), (
+            "mask() must be True at the extra keys: the block sees itself")
         for i, n in enumerate((2, 4, 1)):
             row = got[i, 0, 0, :4].tolist()
             assert all(row[:n]), "mask() must be True at all tokens of a sample"
@@ -120,8 +121,8 @@ def check_drop_fields(lib, seed):
     assert lengths == [0, 4, 2, 0], (
         f"drop() must set the length of dropped samples to 0 and keep others: {lengths}")
     assert ids == [0, 4, 2, 0], (
-        "drop() must set next_id of dropped samples to 0: an image without a caption begins at RoPE "
-        f"id 0 ({ids})")
+        "drop() must set next_id of dropped samples to 0: an image without a caption begins at "
+        f"RoPE id 0 ({ids})")
     assert len(got.kv) == 2 and got.kv[0][0].shape == (4, 2, 4, 8), (
         "drop() must keep the shapes of the keys and values")
 
@@ -131,12 +132,12 @@ def check_drop_is_masked(lib, seed):
     for lengths in ([4, 4, 4], [2, 4, 3]):
         c = context(lib, seed, lengths)
         got = c.drop(torch.tensor([False, True, False]))
-        assert got.mask(3) is not None, ("after drop() the context must be ragged: else there is no "
-                                         "mask, and the dropped caption is seen")
+        assert got.mask(3) is not None, ("after drop() the context must be ragged: else there is "
+                                         "no mask, and the dropped caption is seen")
         for layer in (0, 1):
             close(attended(seed, got, 1, layer), alone(seed, c, 1, 0, layer), "a dropped caption "
-                  "must take no share of the softmax: mask its keys (zeroed keys have a score of 0, "
-                  "and e^0 = 1)")
+                  "must take no share of the softmax: mask its keys (zeroed keys have a score of "
+                  "0, and e^0 = 1)")
             for i in (0, 2):
                 close(attended(seed, got, i, layer), alone(seed, c, i, lengths[i], layer),
                       "drop() must leave the other samples as they are")
@@ -150,7 +151,8 @@ def check_drop_keeps_self(lib, seed):
     c.drop(rows)
     c.with_empty()
     after = [c.length, c.next_id, *(a for pair in c.kv for a in pair)]
-    assert all(torch.equal(a, b) for a, b in zip(before, after)) and rows.tolist() == [True, False], (
+    kept = all(torch.equal(a, b) for a, b in zip(before, after))
+    assert kept and rows.tolist() == [True, False], (
         "drop() and with_empty() must not change the context or rows in place")
     none = c.drop(torch.tensor([False, False]))
     close(attended(seed, none, 0), alone(seed, c, 0, 3), "drop() of no sample must change nothing")
@@ -219,7 +221,7 @@ def show(lib):
     keys, every = c.kv[0][0][0, 0], torch.ones(9, dtype=torch.bool)
     dropped = c.drop(torch.tensor([True, False])).mask(4)
     gone = every if dropped is None else dropped[0, 0, 0]
-    rows = {"with its caption": weights(keys, every), "yours: dropped": weights(keys, gone),
+    rows = {"with its caption": weights(keys, every), "caption dropped": weights(keys, gone),
             "if keys were zeroed": weights(keys * 0, every)}
     table = pictures.matrix(torch.stack(list(rows.values())), list(rows), names, 26, high=0.5)
     lost = {name: w[:5].sum().item() for name, w in rows.items()}

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import course  # noqa: E402
 import labs  # noqa: E402
 
-HELPERS = ("course.py", "labs.py", "predict.py", "show.py", "pictures.py", "oracles.py")
+HELPERS = ("course.py", "labs.py", "lab_*.py", "predict.py", "show.py", "pictures.py",
+           "oracles*.py")
 HIDDEN = ("RIGHT", "WRONG")         # an exercise's answers stay with the lecturer
 PARTS = {"TITLE", "EQUATION", "LAB", "MINUTES", "DIFFICULTY", "TARGETS", "TEXT", "HINTS", "SEES",
          "show", "expected"}
@@ -50,6 +51,8 @@ You need the paper, Python and PyTorch; a processor is enough. No exercise needs
   is broken. `pytest` judges all; blank functions are red.
 - **See** your answer beside the expected one: `python tests/exercises/show.py 3` writes
   `exercise03.png`, in seconds. What is expected comes from slow formulas, not from the real code.
+- **Try** your function by hand, with all else working, in `tests/exercises`:
+  `python -i -c "import course; lib = course.mine(3)"`, then `lib.diffusion.sample(...)`.
 - **Hints** are folded, from vague to nearly there. Open one at a time.
 
 Rules of the game:
@@ -58,7 +61,8 @@ Rules of the game:
   functions work, so you may begin anywhere, and a mistake costs one exercise.
 - Only the functions named under an exercise are judged. A helper function or an import that you
   add elsewhere in a file is not taken along: define helpers inside the function. What a file
-  imports at its top is there. Inside, you may also import {modules}.
+  imports at its top is there. Inside, you may also import
+  {modules}.
 - Write each function for any shapes its docstring allows. Loops are fine, and so are other
   ways than the ones in the hints; small differences of rounding do not matter.
 - Do not change what you are given (an argument, in place), unless the docstring asks for it.
@@ -154,9 +158,8 @@ def make(out: Path, only: set[int] = frozenset(), reveal: set[int] = frozenset()
     write(out / "tests" / "conftest.py", CONFTEST)
     write(out / "pytest.ini", "[pytest]\naddopts = --tb=short -q\ntestpaths = tests\n")
     write(out / "EXERCISES.md", sheet(clean))
-    for name in HELPERS:
-        if (course.HERE / name).exists():
-            shutil.copy(course.HERE / name, out / "tests" / "exercises" / name)
+    for path in (path for name in HELPERS for path in course.HERE.glob(name)):
+        shutil.copy(path, out / "tests" / "exercises" / path.name)
     (out / "tests" / "exercises" / course.SEALED.name).write_bytes(course.seal(clean))
     for name in ("requirements.txt", "LICENSE"):
         shutil.copy(course.ROOT / name, out / name)

@@ -40,11 +40,11 @@ QUESTIONS = [
      "run": changed_by_latents,
      "why": "The two markers and all six latents: the block sees itself in both directions. Text "
             "never sees the block, so its keys and values can be computed once and kept."},
-    {"ask": "A caption of 30 tokens is \"dropped\" by setting its keys and values to zero, without a "
-            "mask. The block has 6 more keys, and every query happens to have a score of 0 with "
+    {"ask": "A caption of 30 tokens is \"dropped\" by setting its keys and values to zero, without "
+            "a mask. The block has 6 more keys, and every query happens to have a score of 0 with "
             "all of them. Which share of the softmax goes to the 30 zeroed keys? (Three decimals; "
             "0 if none.)",
      "run": zero_key_share,
-     "why": "A key of zeros has score 0, and e^0 = 1 is not 0: 30 / 36 of the weight. What must not "
-            "be seen has to be masked."},
+     "why": "A key of zeros has score 0, and e^0 = 1 is not 0: 30 / 36 of the weight. What must "
+            "not be seen has to be masked."},
 ]

@@ -215,7 +215,7 @@ def matrix(values, rows: list[str] = (), columns: list[str] = (), cell: int = 22
     grid = Image.fromarray(colors).resize((m * cell, n * cell), Image.NEAREST)
     out.paste(grid, (left, above))
     draw = ImageDraw.Draw(out)
-    if cell > 8:
+    if cell > 12:
         for i in range(n + 1):
             draw.line((left, above + i * cell, left + m * cell, above + i * cell), "#dcdcdc")
         for j in range(m + 1):

@@ -79,7 +79,8 @@ def main():
     if not args.all and args.exercise not in having:
         parser.error(f"give an exercise that has a picture: {', '.join(map(str, having))}")
     out = args.out or Path("exercises.png" if args.all else f"exercise{args.exercise:02d}.png")
-    (contact_sheet() if args.all else show(args.exercise, args.folder)).save(out)
+    picture = contact_sheet() if args.all else show(args.exercise, args.folder)
+    picture.quantize(128).save(out, optimize=True) if args.all else picture.save(out)
     print(out)
 
 
