@@ -1,6 +1,7 @@
 """How close this code comes to the limits of the machine it runs on.
 
     python tests/bench.py [--quick] [--json] [--only decoding denoising ...] [--reports FILE.csv]
+    python tests/bench.py --only peer --peer PYTHON     a Python with Hugging Face's transformers
 
 Each part measures the machine's own ceiling (matrix product rate, bandwidth at which the weights of
 a matrix-vector product are read) or the obvious slower way right beside this code, in turns, and
@@ -211,10 +212,10 @@ def denoising(args):
     grown = step_flops(MID, per, n, 512) / step_flops(MID, per, n, 64)
     yield row("mid: step, caption of 512", longer, "s", "caption of 64, per FLOP",
               ratio(longer, single) / grown, ("<=", 1.1))
-    reads, kept = [], Tower.read
-    Tower.read = lambda *a, **k: reads.append(1) or kept(*a, **k)
+    reads, kept = [], Tower.read_context
+    Tower.read_context = lambda *a, **k: reads.append(1) or kept(*a, **k)
     list(model.sample_latents([CAPTION], 16, 16, noise, points=6))
-    Tower.read = kept
+    Tower.read_context = kept
     yield row("mid: contexts read in 5 steps", [len(reads)], "", "one image", len(reads), ("<=", 1))
     if torch.cpu._is_avx512_bf16_supported():
         def half():
@@ -339,7 +340,7 @@ def training(args):
 
 @torch.no_grad()
 def attention(args):
-    """The largest single tensor when 4,096 latents are drawn over 1,024 padded context tokens."""
+    """The largest single tensor when 4,096 latents are denoised over 1,024 padded context tokens."""
     from torch.profiler import ProfilerActivity, profile
     tower = Tower(1, 16, 1, 1, 16, 16)
     context = tower.read_context(torch.randn(1, 1024, 16), torch.arange(1024)[None], torch.tensor([1000]))[1]
@@ -385,7 +386,7 @@ def waiting(options, n: int) -> tuple[list[float], list[float]]:
         a = time.perf_counter()
         batch = next(stream)
         b = time.perf_counter()
-        t.one_step(batch)
+        t.train_step(batch)
         waits.append(b - a)
         works.append(time.perf_counter() - b)
     return waits[3:], works[3:]
@@ -413,6 +414,43 @@ def data(args):
                       ("<=", 0.03))
 
 
+PEER = """
+import time, torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+torch.manual_seed(0)
+torch.set_num_threads({threads})
+model = Qwen3ForCausalLM(Qwen3Config(
+    hidden_size={c.width}, num_hidden_layers={c.layers}, num_attention_heads={c.heads},
+    num_key_value_heads={c.kv_heads}, head_dim={c.head_dim}, intermediate_size={c.mlp},
+    vocab_size={c.vocab}, tie_word_embeddings=False, attn_implementation="sdpa")).eval()
+tokens = torch.randint(0, {c.vocab}, (1, 600))
+def seconds(n):
+    begin = time.perf_counter()
+    model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n,
+                   min_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return time.perf_counter() - begin
+seconds(2)
+print((min(seconds(64) for _ in range({n})) - min(seconds(1) for _ in range({n}))) / 63)
+"""
+
+
+def peer(args):
+    """Report tokens of `mid` against Hugging Face's Qwen3 of the same sizes: the same kind of layer
+    (QK-norm, SwiGLU, RMSNorm, RoPE). In another environment, since it is no requirement of ours."""
+    if not args.peer:
+        return
+    n = 1 if args.quick else 3
+    code = PEER.format(c=MID, threads=torch.get_num_threads(), n=n)
+    done = subprocess.run([args.peer, "-c", code], text=True, capture_output=True)
+    if done.returncode:
+        sys.exit(f"bench.py: --peer {args.peer}: {done.stderr.strip().splitlines()[-1]}")
+    theirs = float(done.stdout.split()[-1])
+    (ours,) = many([lambda: token_times(sized(MID), 600, n=64)], n)
+    yield row("mid: Hugging Face's Qwen3", [theirs], "tokens/s", "", 1, show=lambda t: 1 / t)
+    yield row("mid: a report token", ours, "tokens/s", "Hugging Face's Qwen3",
+              theirs / statistics.median(ours), (">=", 3), lambda t: 1 / t)
+
+
 def start(args):
     """Seconds until something is seen."""
     for name in ("train.py", "sample.py", "data.py"):
@@ -421,7 +459,7 @@ def start(args):
         yield row(f"{name} --help", took, "s", "1 s", statistics.median(took), ("<=", 1))
     code = ("import train, sys; o = train.Options(stage=1, out=sys.argv[1]); "
             "t = train.set_up(o, train.STAGES['tiny'][1], train.Processes(), train.Path(o.out)); "
-            "t.one_step(next(t.stream()))")
+            "t.train_step(next(t.stream()))")
     with tempfile.TemporaryDirectory() as folder:
         (took,) = timed(lambda: subprocess.run([sys.executable, "-c", code, folder], cwd=ROOT,
                                                check=True, capture_output=True), n=1, warm=0)
@@ -481,15 +519,18 @@ def unix(args):
               ("<=", 1))
 
 
-PARTS = (ceilings, decoding, denoising, training, attention, tokenizer, data, start, unix)
+PARTS = (ceilings, decoding, peer, denoising, training, attention, tokenizer, data, start, unix)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats; no peaks of memory, no 3B model")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true",
+                        help="fewer repeats; no peaks of memory, no 3B model")
     parser.add_argument("--json", action="store_true", help="print the figures for a program")
     parser.add_argument("--only", nargs="+", choices=[p.__name__ for p in PARTS], help="these parts")
     parser.add_argument("--reports", help="a .csv of reports to learn the tokenizer from")
+    parser.add_argument("--peer", metavar="PYTHON", help="a Python that has transformers")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     train.keep_freed_memory()

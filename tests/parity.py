@@ -28,8 +28,8 @@ ATOL, RTOL = 5e-5, 1e-4
 class Parity:
     """A loaded folder, its expected arrays, and the differences found so far."""
 
-    def __init__(self, folder: Path):
-        self.model = UniX.load(folder)
+    def __init__(self, folder: Path, device="cpu"):
+        self.model, self.device = UniX.load(folder, device), device
         self.want = dict(np.load(folder / "expected.npz"))
         self.seen, self.bad = {}, []
         ids = self.want["meta/special_ids"].tolist()
@@ -37,7 +37,7 @@ class Parity:
             setattr(self.model.config, name, i)
 
     def get(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(np.asarray(self.want[name]))
+        return torch.from_numpy(np.asarray(self.want[name])).to(self.device)
 
     def check(self, name: str, got, tol=1.0):
         """Compares one array, and notes it as covered."""
@@ -344,15 +344,16 @@ def show(p: Parity):
         print("FAIL", line)
 
 
-def compare(folder: Path) -> Parity:
-    """Recomputes one folder. Raises UserError where it cannot be opened."""
+def compare(folder: Path, device="cpu") -> Parity:
+    """Recomputes one folder on a device. Raises UserError where it cannot be opened."""
     if not (folder / "expected.npz").is_file():
         raise UserError(f"{folder}: no expected.npz; give a folder in the format of tests/golden/A")
-    p = Parity(folder)
-    for part in (parity_parts, parity_understanding, parity_generation):
-        with torch.no_grad():
-            part(p)
-    parity_training(p)
+    p = Parity(folder, device)
+    with torch.device(device):
+        for part in (parity_parts, parity_understanding, parity_generation):
+            with torch.no_grad():
+                part(p)
+        parity_training(p)
     return p
 
 

@@ -1,0 +1,62 @@
+"""Lab 3: training both branches, writing, measuring."""
+
+import math
+
+import torch
+
+import oracles_training as oracle
+
+INTRO = """Lab 3. Training: two branches, three stages
+
+Six exercises. Two on the reader: how it writes with a cache, and the loss that teaches it. Two on
+what stage 2 needs: a copied tower, a frozen reader, and REPA. The capstone puts a whole training
+step together and trains with it: **eight chests in two minutes**. The last exercise measures how
+far they are from true ones. Then the bug zoo: ten ill runs, and you say what each has.
+"""
+
+
+def first_loss(lib) -> float:
+    """Loss of a token before the first step: a new model of a vocabulary of 679."""
+    config = lib.unix.Config(**(oracle.SIZES | {"vocab": 679}))
+    torch.manual_seed(0)
+    model = lib.unix.UniX(config, oracle.Words())
+    reports = oracle.token_lists(0, (40, 60))
+    with torch.no_grad():
+        total, count = model.understanding_loss(None, None, reports)
+    return round(float(total / count), 1)
+
+
+def share_without_caption(lib) -> float:
+    """Share of the largest guided step's prediction that is the one without a caption, at scale 3:
+    v = uncond + 3 (cond - uncond)."""
+    one, zero = torch.ones(1, 2, 2), torch.zeros(1, 2, 2)
+    return float(lib.diffusion.guide(zero, one, 3.0, renorm=None)[0, 0, 0])
+
+
+def moved(lib) -> float:
+    """Number of parameters in 100 that stage 2 trains, in `tiny`."""
+    with torch.device("meta"):
+        model = lib.unix.UniX(lib.unix.PRESETS["tiny"])
+    count = {k: sum(p.numel() for p in model.branch(k).values())
+             for k in ("understanding", "generation")}
+    return round(100 * count["generation"] / sum(count.values()), 0)
+
+
+def kept(lib) -> float:
+    """After how many steps the warmed-up average has the weight of .998 for its past."""
+    return next(k for k in range(1, 10**5) if k / (k + 9) >= 0.998)
+
+
+QUESTIONS = [
+    {"ask": "A new model with a vocabulary of 679 tokens reads its first report. What is the loss "
+            "of a token, before any step? (One decimal.)",
+     "run": first_loss,
+     "why": f"All tokens are about equally likely, and ln 679 = {math.log(679):.2f}. A first loss "
+            "far from ln V is a bug."},
+    {"ask": "The averaged weights take the decay min(0.998, step / (step + 9)). At which step does "
+            "it reach 0.998? (Before that, the average is younger than you asked for.)",
+     "run": kept,
+     "why": "k / (k + 9) = 0.998 at k = 9 * 0.998 / 0.002 = 4491. So in a short run the average "
+            "follows the weights closely; with 0.998 from the start, 60% of it would still be the "
+            "random beginning after 250 steps."},
+]
