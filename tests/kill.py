@@ -7,7 +7,7 @@ Every stage runs once undisturbed. Then the same command runs on a copy of what 
 killed with SIGKILL, started again, killed again, until it comes to its end (and from the start, if
 kills are left). By turns the kills come while a file is being written, at a random step, and at a
 random moment of the first third (start-up); the first of stages 2 and 3 comes while latents are
-computed. After each, the weights folder must open and the next start must go on from the last
+computed. After each, the weights folder must open and the next start must resume from the last
 checkpoint; at the end all weights must be the undisturbed run's, bit for bit.
 One thread, so that sums are always taken in one order. Exit code 0: all held; 1: something did not.
 """
@@ -15,12 +15,14 @@ One thread, so that sums are always taken in one order. Exit code 0: all held; 1
 import argparse
 import math
 import os
+import pty
 import random
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -52,10 +54,13 @@ def attempt(command: list, out: Path, moment=math.inf, step=math.inf, bar="stage
             writing=False) -> Attempt:
     """Runs a command, and kills it after `moment` ticks or when `bar` is at `step`; `writing`: then
     waits until it writes a file."""
-    said = out.with_suffix(".txt")
-    with open(said, "w") as f:
-        run = subprocess.Popen(command, stderr=f, stdout=subprocess.DEVNULL, cwd=ROOT,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    said, (master, slave) = out.with_suffix(".txt"), pty.openpty()     # bars need a terminal
+    said.write_text("")
+    run = subprocess.Popen(command, stderr=slave, stdout=subprocess.DEVNULL, cwd=ROOT,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    os.close(slave)
+    listener = threading.Thread(target=listen, args=(master, said))
+    listener.start()
     ticks, due = 0, False
     while run.poll() is None:
         ticks += 1
@@ -65,7 +70,23 @@ def attempt(command: list, out: Path, moment=math.inf, step=math.inf, bar="stage
             run.kill()
             break
         time.sleep(TICK)
-    return Attempt(run.wait(), ticks, said.read_text(), parts(out, run.pid))
+    code = run.wait()
+    listener.join()
+    return Attempt(code, ticks, said.read_text(), parts(out, run.pid))
+
+
+def listen(master: int, file: Path):
+    """Copies what a terminal shows to a file, until its program ends."""
+    with open(file, "ab", buffering=0) as f:
+        while True:
+            try:
+                shown = os.read(master, 4096)
+            except OSError:         # the other end is closed
+                break
+            if not shown:
+                break
+            f.write(shown)
+    os.close(master)
 
 
 def at_step(said: str, bar: str, which=-1) -> int:
@@ -120,7 +141,7 @@ def torture(stage: int, kills: int, folder: Path, flags: list, hit: Counter) -> 
             how = {"step": random.randint(0, 300), "bar": "latents"}
         run = attempt([*command, str(out)], out, **how)
         if at_step(run.said, "stage", 0) not in (-1, expected):
-            wrong.append(f"stage {stage} did not go on from step {expected}")
+            wrong.append(f"stage {stage} did not resume from step {expected}")
         if run.code == 0:                   # it came to its end
             wrong += [f"stage {stage}: {name} differs" for name in differences(whole, out)]
             print(f"stage {stage}: the end is reached, " + (wrong[-1] if wrong else "all equal"))
@@ -165,7 +186,7 @@ def main():
             if wrong:
                 break
     print("kills by place: " + ", ".join(f"{k} {n}" for k, n in hit.most_common()))
-    print("\n".join(wrong) or f"{hit.total()} kills: every start went on from the last checkpoint, "
+    print("\n".join(wrong) or f"{hit.total()} kills: every start resumed from the last checkpoint, "
           "and all weights are those of the undisturbed runs, bit for bit")
     return 1 if wrong else 0
 
