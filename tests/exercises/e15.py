@@ -311,7 +311,7 @@ def check_sums(lib, seed):
         a, b = nn.functional.normalize(found.projector(states), dim=-1), side
         repa = -(a * b).sum(-1).mean(1).sum()
     assert losses["repa"].shape == (), "\"repa\" must be one number, the sum over the images"
-    assert not abs(float(losses["repa"]) - float(repa) / 4) < 1e-5, (
+    assert not abs(float(losses["repa"].detach()) - float(repa) / 4) < 1e-5, (
         "\"repa\" must be summed over images, not averaged")
     close(losses["repa"], repa, "\"repa\" must be repa_loss() of self.projector(states) and the "
           "features, on the tokens' rows and columns, summed over images")
