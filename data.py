@@ -469,14 +469,15 @@ def shuffled(n, seed, epoch):
 def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
     """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)},
     or whatever the data set's samples hold. The k-th depends on (seed, k) alone, so start_step
-    resumes, and `workers` changes nothing. Rank r gets its b = batch_size / world rows of each.
+    resumes, and `workers` changes nothing. Rank r gets its b, about batch_size / world, rows of each.
     UserError if too much is broken, or if a loader process is killed or stalls."""
-    if batch_size % world:
-        raise UserError(f"a batch of {batch_size} does not divide among {world} processes")
-    b, n = batch_size // world, len(dataset)
+    first, last = (batch_size * (rank + i) // world for i in (0, 1))
+    b, n = last - first, len(dataset)
+    if batch_size < world:
+        raise UserError(f"a batch of {batch_size} is too small for {world} processes")
 
     def chunks():
-        for start in itertools.count(start_step * batch_size + rank * b, batch_size):
+        for start in itertools.count(start_step * batch_size + first, batch_size):
             at = range(start, start + b)
             rows = [*at] if n == ENDLESS else [int(shuffled(n, seed, i // n)[i % n]) for i in at]
             yield from (rows[i:i + CHUNK] for i in range(0, b, CHUNK))
