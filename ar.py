@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from data import UserError
+from data import UserError, atomic
 from diffusion import broadcast, position_table
 from joint_attn import Linear, Tower, attend
 
@@ -374,6 +374,8 @@ class Tokenizer:
             for t in sorted(self.added, key=len, reverse=True)) or "(?!)")  # the longest one wins
         # All tokens, the added ones too, and what an id decodes to
         self.vocab = {content: t["id"] for content, t in self.added.items()} | self.pieces
+        if not all(type(i) is int and i >= 0 for i in self.vocab.values()):
+            raise ValueError("an id is not a whole number")
         self.bytes = {}
         for token, i in self.vocab.items():
             known = all(c in CHAR_TO_BYTE for c in token)
@@ -384,12 +386,14 @@ class Tokenizer:
         """Read a tokenizer.json. Raises UserError if it is missing, broken or not supported."""
         try:
             return cls(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, LookupError, TypeError, AttributeError, ValueError, re.error) as e:
+        except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError,
+                re.error) as e:
             raise UserError(f"cannot use the tokenizer {path}: {type(e).__name__} {e}") from e
 
     def save(self, path: Path):
-        """Write a tokenizer.json that Hugging Face's `tokenizers` opens too."""
-        Path(path).write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
+        """Write a tokenizer.json that Hugging Face's `tokenizers` opens too, whole or not at all."""
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
 
     def __len__(self):
         return len(self.vocab)

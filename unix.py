@@ -145,6 +145,8 @@ class UniX(nn.Module):
         ids = self.tokenizer.encode(text)
         if len(ids) > self.config.max_tokens - 2:
             raise UserError(f"the text has {len(ids)} tokens, more than fit; shorten it")
+        if max(ids) >= self.config.vocab:
+            raise UserError("tokenizer.json is not that of these weights: it has more tokens")
         return ids
 
     def pad(self, rows: list[list[int]], value: int | None = None) -> tuple[Tensor, Tensor]:
@@ -292,8 +294,7 @@ class UniX(nn.Module):
         if self.vae is not None:
             save_vae(self.vae, folder / "vae", dtype)
         if self.tokenizer is not None:
-            with atomic(folder / "tokenizer.json") as temporary:
-                self.tokenizer.save(temporary)
+            self.tokenizer.save(folder / "tokenizer.json")
         with atomic(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config_json(self), indent=2))
         write_safetensors({released(k): v if k == "positions" else v.to(dtype or v.dtype)

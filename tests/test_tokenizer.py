@@ -209,6 +209,9 @@ def test_regexes_mean_what_they_mean_to_the_reference(pattern, text, expected):
     ({"pre_tokenizer": split(r"[a&&[^b]]")}, "class"),
     ({"pre_tokenizer": split(r"a(")}, "cannot use"),
     ({"pre_tokenizer": split("a", "Merged")}, "Split"),
+    ({"model": {"type": "BPE", "vocab": {"a": "x"}, "merges": []}}, "whole number"),
+    ({"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}, "whole number"),
+    ({"model": {"type": "BPE", "vocab": {"a": True}, "merges": []}}, "whole number"),
     ({"model": {"type": "BPE", "vocab": {}, "merges": ["a b"]}}, "cannot use")])
 def test_what_is_not_supported_is_named(tmp_path, change, word):
     path = tmp_path / "tokenizer.json"
@@ -221,7 +224,7 @@ def test_what_is_not_supported_is_named(tmp_path, change, word):
 def test_missing_and_broken_files_are_told(tmp_path):
     with pytest.raises(UserError, match="nothing.json"):
         Tokenizer.load(tmp_path / "nothing.json")
-    for text in "{", "[]", "{}", "\xff":
+    for text in "{", "[]", "{}", "\xff", "[" * 100_000:
         (tmp_path / "broken.json").write_text(text, encoding="latin-1")
         with pytest.raises(UserError, match="broken.json"):
             Tokenizer.load(tmp_path / "broken.json")

@@ -176,6 +176,9 @@ def test_a_text_fills_the_context_with_its_markers(model):
     assert len(model.wrap(model.ids("x" * 62))) == 64
     with pytest.raises(UserError, match="63 tokens"):
         model.ids("x" * 63)
+    model.config.vocab = 50
+    with pytest.raises(UserError, match="tokenizer.json is not that of these weights"):
+        model.ids("xO")             # x is 40, O is 79
 
 
 @torch.no_grad()
