@@ -63,6 +63,17 @@ def test_report_loss_is_the_cross_entropy_of_the_report_alone(model, images):
     torch.testing.assert_close(total, by_hand, atol=1e-3, rtol=1e-4)
 
 
+def test_new_weights_are_small_and_biases_zero():
+    """N(0, 0.02) for every matrix (GPT-2, LLaMA), 0 for the output of latents."""
+    torch.manual_seed(0)
+    model = UniX(small_config(width=128))
+    for name, p in model.named_parameters():
+        if name == "llm2vae.weight" or name.endswith("bias"):
+            assert not p.any(), name
+        elif p.dim() == 2 and not name.startswith("vit."):
+            assert 0.018 < p.std() < 0.022, name
+
+
 def test_the_first_losses_are_as_expected():
     """Untrained: ln V a token, and 1 + E[x0^2] for the flow, whose output layer starts at zero."""
     torch.manual_seed(0)
