@@ -201,7 +201,8 @@ def test_images_are_generated_as_the_config_says(model):
     how = {"points": 5, "scale": 3.0, "eta": 0.5, "interval": (0.2, 0.9)}
     want = model.generate(["some", "other"], 32, seeds=[0, 1], **how)
     assert torch.equal(model.generate(["some", "other"], points=5, scale=None), want)
-    for k, v in (("scale", 1.0), ("eta", 0.0), ("interval", (0.4, 1.0)), ("points", 6)):
+    for k, v in (("scale", 1.0), ("eta", 0.0), ("interval", (0.4, 1.0)), ("points", 6),
+                 ("shift", 1.0)):
         assert not torch.equal(model.generate(["some", "other"], 32, **(how | {k: v})), want), k
     c.no_context = True
     a, b = (model.generate([text], 32, seeds=[1], points=4) for text in ("some", "other"))
