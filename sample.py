@@ -35,10 +35,9 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, least: float, most: float):
     """For argparse: reads an int or a float from least to most."""
     def read(text: str):
-        value = kind(text)
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{value} is not from {least:,} to {most:,}")
-        return value
+        if least <= kind(text) <= most:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{kind(text)} is not from {least:,} to {most:,}")
     read.__name__ = kind.__name__       # for argparse's answer to a ValueError
     return read
 
@@ -53,8 +52,7 @@ def parse(argv=None) -> argparse.Namespace:
         add("--weights", help="weights folder (default: the newest under runs/, else assets/tiny)")
         add("--device", help="cpu, cuda or mps (default: the best found)")
         add("--seed", type=number(int, 0, 2**31), help="of noise and sampling (default: 0)")
-        add("--precision", default="auto", choices=("auto", "fp32", "bf16"),
-            help="auto: bf16 for large models where it is fast")
+        add("--precision", default="auto", choices=("auto", "fp32", "bf16"), help="auto: what pays")
         if name != "report":
             add("--points", type=number(int, 2, 10_000), help="times on the path (default: 50)")
             add("--guidance", type=number(float, 1, 100), help="1: none (default: as trained)")
@@ -62,10 +60,9 @@ def parse(argv=None) -> argparse.Namespace:
             add("--shift", type=number(float, 0.001, 1000), help="time shift (default: 3)")
             add("--size", type=number(int, 1, 2**15), help="pixels a side (default: as trained)")
         if name in ("generate", "evaluate"):
-            add("--best-of", type=number(int, 1, 1000), metavar="N", help="generate N images of "
-                "each text; keep the one from which the model's own reader reads most of it back")
+            add("--best-of", type=number(int, 1, 1000), metavar="N", help="of N images of a text "
+                "keep the one from which the model's own reader reads most of it back")
         return add
-
     add = command("report", "write the report of each image")
     add("images", nargs="+", help="image files")
     add("--prompt", help="instruction (default: the one used in training)")
@@ -91,18 +88,20 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def check(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
-    """Refuses flags that could change nothing. args.reads: an image is read, not generated."""
+    """Refuses flags that change nothing. args.given: the names of the flags that were given;
+    args.reads: the command reads images and generates none."""
+    args.given = {name for name, value in vars(args).items() if value is not None}
     args.reads = args.command == "report" or args.command == "look" and bool(re.search(
         r"\.(png|jpe?g|tiff?|bmp|gif|webp|dcm)$", args.what, re.I) or os.path.isfile(args.what))
-    paths = ("points", "guidance", "eta", "shift", "size")
-    useless = {
-        "at temperature 0": args.reads and not vars(args).get("temperature") and ("seed", "top_p"),
-        "where an image is read": args.reads and paths,
-        "in a single step": vars(args).get("points") == 2 and ("eta", "shift")}
-    for where, names in useless.items():
-        for name in names or ():
-            if vars(args).get(name) is not None:
-                parser.error(f"--{name.replace('_', '-')} changes nothing {where}; leave it out")
+    for where, names in (
+            ("at temperature 0", args.command == "report" and not args.temperature
+             and {"seed", "top_p"}),
+            ("where an image is read", args.command == "look" and args.reads
+             and {"seed", "points", "guidance", "eta", "shift", "size"}),
+            ("in a single step", vars(args).get("points") == 2 and {"eta", "shift"})):
+        for name in args.given & (names or set()):
+            parser.error(f"--{name.replace('_', '-')} changes nothing {where}; leave it out")
+    args.seed = args.seed or 0
     return args
 
 
@@ -153,30 +152,20 @@ def kernel_distance(real, fake):
     return float(sum(within) - 2 * across)
 
 
-def distances(a, b):
-    """Euclidean distances, (n, d), (m, d) -> (n, m); those of equal rows are exactly 0."""
-    scale = (a * a).sum(1)[:, None] + (b * b).sum(1)
-    squared = scale - 2 * a @ b.T
-    return np.sqrt(np.where(squared < 1e-13 * scale, 0, squared))
-
-
 def prdc(real, fake, k=5):
     """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020) -> dict.
     Each sample has a ball that reaches to its k-th nearest neighbour in its own set."""
-    real, fake = as_features(real, fake, least=k + 1)
+    real, fake = (torch.from_numpy(x) for x in as_features(real, fake, least=k + 1))
+
+    def distances(a, b):                        # exact: those of equal rows are 0
+        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").numpy()
     real_radius, fake_radius = (                # the k-th from 0, because 0 is the sample itself
         np.partition(distances(x, x), k)[:, k] for x in (real, fake))
     across = distances(real, fake)
     inside = (across < real_radius[:, None]).sum(0)         # real balls around each fake sample
-    found = {"precision": (inside > 0).mean(), "recall": (across < fake_radius).any(1).mean(),
-             "density": inside.mean() / k, "coverage": (across.min(1) < real_radius).mean()}
-    return {name: float(value) for name, value in found.items()}
-
-
-def psnr(a, b, peak=1.0):
-    """Peak signal-to-noise ratio in dB of two arrays of one shape; inf when they are equal."""
-    error = ((np.asarray(a, np.float64) - b) ** 2).mean()
-    return float(10 * np.log10(peak ** 2 / error)) if error else math.inf
+    return {"precision": float((inside > 0).mean()), "density": float(inside.mean() / k),
+            "recall": float((across < fake_radius).any(1).mean()),
+            "coverage": float((across.min(1) < real_radius).mean())}
 
 
 def heart_width(image):
@@ -227,8 +216,7 @@ def bleu(refs, hyps):
 
 
 def rouge_l(refs, hyps):
-    """Mean ROUGE-L F1 (Lin 2004) -> float; words are lower-case runs of a-z and 0-9, no stemming.
-    """
+    """Mean ROUGE-L F1 (Lin 2004) -> float; words are lower-case runs of a-z, 0-9, not stemmed."""
     check_lengths(refs, hyps)
     scores = []
     for texts in zip(refs, hyps):
@@ -266,7 +254,6 @@ def with_intervals(figures, n, rounds=200, centred=False):
     return {name: [float(x) for x in row] for name, row in zip(whole, rows)}
 
 
-
 # ---- the model that was asked for ----------------------------------------------------------------
 def note(text: str):
     print(f"sample.py: {text}", file=sys.stderr)
@@ -274,6 +261,10 @@ def note(text: str):
 
 def chunks(rows, size: int):
     return (rows[i:i + size] for i in range(0, len(rows), size))
+
+
+def tensors(images: np.ndarray, device):
+    return (torch.from_numpy(some).to(device) for some in chunks(images, 32))
 
 
 def open_model(args) -> UniX:
@@ -321,11 +312,9 @@ def settings(args, model: UniX) -> dict:
 
 def read(model: UniX, images: np.ndarray, *how) -> list[str]:
     """Reports of uint8 images (n, h, w). `how`: prompt, longest, temperature, top_p, seed."""
-    how, written = how or (INSTRUCTIONS[0], min(200, model.config.max_tokens)), []
-    for some in chunks(images, 32):
-        pixels = model.vit.prepare(torch.from_numpy(some).to(model.device))
-        written += model.report(pixels, *how)
-    return written
+    how = how or (INSTRUCTIONS[0], min(200, model.config.max_tokens))
+    return [text for some in tensors(images, model.device)
+            for text in model.report(model.vit.prepare(some), *how)]
 
 
 def best_of(count: int, asked: list[str], written: list[str]) -> np.ndarray:
@@ -345,7 +334,7 @@ def report(args):
     model = open_model(args)
     images = [square(read_image(p), model.config.vit_image) for p in args.images]
     how = (INSTRUCTIONS[0] if args.prompt is None else args.prompt, args.max_tokens,
-           args.temperature, args.top_p or 1.0, args.seed or 0)
+           args.temperature, args.top_p or 1.0, args.seed)
     for paths, some in zip(chunks(args.images, 8), chunks(images, 8)):
         for path, text in zip(paths, read(model, np.stack(some), *how)):
             print(f"{path}: {text}" if len(images) > 1 else text)
@@ -362,7 +351,7 @@ def generate(args):
     model = open_model(args)
     how, images = settings(args, model), []
     texts = [text for text in args.texts for _ in range(args.count * count)]
-    seeds = [(args.seed or 0) + n for n in range(len(texts))]
+    seeds = [(args.seed) + n for n in range(len(texts))]
     for n in tqdm(range(0, len(texts), 8), desc="images", disable=len(texts) <= 8):
         made = model.generate(texts[n:n + 8], args.size, seeds[n:n + 8], **how)
         images += [*made[:, 0].cpu().numpy()]
@@ -394,14 +383,14 @@ def look(args):
         print(model.tokenizer.decode(ids))
     else:
         how, ids = settings(args, model), model.ids(args.what)
-        latents, maps = caption_maps(model, ids, args.size, args.seed or 0, layers, **how)
+        latents, maps = caption_maps(model, ids, args.size, args.seed, layers, **how)
         steps = sorted({round(s) for s in np.linspace(0, len(latents) - 1, 8)})
         path, maps = shift_time(torch.linspace(1, 0, how["points"]), how["shift"]), maps[steps]
         with torch.no_grad():
             cells = [*to_uint8(model.vae.decode(latents[steps]))[:, 0].cpu().numpy()]
         captions, image = [f"image at t = {path[s + 1]:.2f}" for s in steps], cells[-1]
         times = [f" at t = {path[s]:.2f}" for s in steps]
-        print(f"{args.used}, seed {args.seed or 0}")
+        print(f"{args.used}, seed {args.seed}")
     for word, at in words(model.tokenizer, ids):
         heat = maps[..., at].mean(-1)
         cells += [overlay(image, one / heat.max()) for one in heat]
@@ -411,8 +400,8 @@ def look(args):
 
 
 # ---- attention weights, which the fused attention never holds ------------------------------------
-ALSO = {"heart", "enlarged", "mediastinum", "widened", "pleural", "thickening", "rib", "upper",
-        "mid", "lower", "apical", "lateral", "base", "clear", "normal"}     # that `look` shows
+WORDS = re.compile(r"\b(?!(?:the|an?|is|are|has|seen|of|in|on|at|to|and|or|with|it|there|this|size"
+                   r"|findings|impression|lungs?)\b)[^\W\d_][\w-]*", re.I)    # that `look` shows
 
 
 def attention(q, k, mask=None, causal=False):
@@ -439,15 +428,11 @@ def recorded():
 
 
 def words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
-    """The words of a text that name a finding, a side, a grade or a place, in their order, each
-    with the positions of its tokens. All words if none does."""
-    ends, every = [len(tokenizer.decode(ids[:n])) for n in range(len(ids) + 1)], []
-    for m in re.finditer(r"[^\W_][\w-]*", tokenizer.decode(ids)):
-        at = [i for i in range(len(ids)) if ends[i] < m.end() and ends[i + 1] > m.start()]
-        every.append((m[0].lower(), at))
-    return [(word, at) for word, at in every if word in ALSO
-            or label_report(word).keys() - {"No Finding"}
-            or locate(f"{word} effusion") != locate("effusion")] or every
+    """The words of a text that say something, in order, each with the positions of its tokens."""
+    ends = [len(tokenizer.decode(ids[:n])) for n in range(len(ids) + 1)]
+    return [(m[0].lower(), [i for i, (start, end) in enumerate(zip(ends, ends[1:]))
+                            if start < m.end() and end > m.start()])
+            for m in WORDS.finditer(tokenizer.decode(ids))]
 
 
 @torch.no_grad()
@@ -544,20 +529,19 @@ def image_scores(real: np.ndarray, fake: np.ndarray) -> dict[str, list[float]]:
 @torch.no_grad()
 def features(encoder, images: np.ndarray) -> np.ndarray:
     """uint8 images (n, h, w) -> (n, d), float64."""
-    parts = [encoder.summary(torch.from_numpy(some).to(encoder.pos_embed.device))
-             for some in chunks(images, 32)]
+    parts = [encoder.summary(some) for some in tensors(images, encoder.pos_embed.device)]
     return torch.cat(parts).double().cpu().numpy()
 
 
 @torch.no_grad()
 def reconstruction(model: UniX, images: np.ndarray) -> dict[str, list[float]]:
     """PSNR in dB of uint8 images (n, s, s) through the autoencoder and back; mean over images."""
-    each = []
-    for some in chunks(images, 16):
-        pixels = vae_pixels(torch.from_numpy(some).to(model.device))
-        back = to_uint8(model.vae.decode(model.vae.latents(model.vae.moments(pixels))))[:, 0]
-        each += [psnr(a, b, 255) for a, b in zip(some, back.cpu().numpy())]
-    each, name = np.array(each), f"PSNR at {images.shape[1]} px, {len(images)} images"
+    each, vae = [], model.vae
+    for some in tensors(images, model.device):
+        back = to_uint8(vae.decode(vae.latents(vae.moments(vae_pixels(some)))))[:, 0]
+        each.append((some.double() - back).square().mean((1, 2)).cpu())
+    each = (10 * torch.log10(255 ** 2 / torch.cat(each))).numpy()
+    name = f"PSNR at {images.shape[1]} px, {len(images)} images"
     return with_intervals(lambda i: {name: each[i].mean()}, len(each))
 
 
@@ -568,8 +552,9 @@ class Evaluation:
         model = self.model = open_model(args)
         self.args, self.size = args, args.size or model.config.resolution
         self.generates = model.vae is not None and bool(model.llm2vae.weight.any())
-        for name in ("points", "guidance", "eta", "shift", "seed", "best_of", "judge", "features"):
-            if not self.generates and getattr(args, name) is not None:
+        if not self.generates:
+            for name in args.given & {"points", "guidance", "eta", "shift", "seed", "best_of",
+                                      "judge", "features"}:
                 raise UserError(f"--{name.replace('_', '-')} changes nothing, as {args.weights} "
                                 "cannot generate yet; leave it out, or run train.py --stage 2")
         self.how = settings(args, model) if self.generates else {}
@@ -581,7 +566,7 @@ class Evaluation:
         self.out = Path(args.out or (Path("runs") if home == SHIPPED else home) / "evaluation")
         self.out.mkdir(parents=True, exist_ok=True)
         about, origin = self.out / "origin.json", json.dumps([
-            str(config), config.stat().st_mtime, self.data.fingerprint(), args.size, args.seed or 0,
+            str(config), config.stat().st_mtime, self.data.fingerprint(), args.size, args.seed,
             args.precision, self.how])
         if not about.exists() or about.read_text(errors="replace") != origin:
             for old in [*self.out.glob("images/*/*.png"), *self.out.glob("*.csv")]:
@@ -623,7 +608,7 @@ class Evaluation:
     def round_trip(self, kind: str, prompts: dict[str, str]) -> tuple:
         """Is what an image was generated from read back from it? prompts: index -> text.
         -> the best image of each (n, h, w), its report, {figure: [value, low, high]}."""
-        count, seed = self.args.best_of or 1, self.args.seed or 0
+        count, seed = self.args.best_of or 1, self.args.seed
         wanted = {f"{i}-{k}" if k else i: (text, seed + int(i) + k * 1_000_000)
                   for i, text in prompts.items() for k in range(count)}
         texts, images = [text for text, _ in wanted.values()], self.images(kind, wanted)

@@ -2,11 +2,14 @@
 import json
 import pathlib
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import sample
+from data import HEART, Finding, paint, phantom, sample_scene
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "metrics"
 RNG = np.random.default_rng(0)
@@ -178,10 +181,53 @@ def test_intervals_of_biased_figures_are_moved_to_the_value():
     assert low < value == 100 < high and high - low < 20
 
 
+class Shift(torch.nn.Module):
+    """An autoencoder whose images come back brighter by some grey levels, one an image."""
+
+    def __init__(self, levels):
+        super().__init__()
+        self.levels = iter(levels)
+
+    def moments(self, pixels):
+        return pixels
+
+    def latents(self, moments):
+        return moments
+
+    def decode(self, latents):
+        by = torch.tensor([next(self.levels) for _ in latents])
+        return latents + (by[:, None, None, None] + 0.5) / 127.5      # to_uint8 truncates
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")     # the interval of infinities
 def test_psnr_by_hand():
-    black, grey = np.zeros((4, 4)), np.full((4, 4), 0.1)
-    assert sample.psnr(black, grey) == pytest.approx(20)
-    assert sample.psnr(black, grey, peak=2) == pytest.approx(20 + 20 * np.log10(2))
-    assert sample.psnr(grey, grey) == float("inf")
-    with pytest.raises(ValueError):
-        sample.psnr(black, grey[:2])
+    """10 log10(255^2 / error^2), the mean over images; in chunks; no error is infinite."""
+    images = np.full((40, 4, 4), 100, np.uint8)
+    levels = [1] * 10 + [3] * 30
+    model = SimpleNamespace(vae=Shift(levels), device="cpu")
+    ((name, (value, low, high)),) = sample.reconstruction(model, images).items()
+    each = [20 * np.log10(255 / d) for d in levels]
+    assert name == "PSNR at 4 px, 40 images" and value == pytest.approx(np.mean(each))
+    assert low < value < high
+    model.vae = Shift([0] * 2)
+    assert sample.reconstruction(model, images[:2])["PSNR at 4 px, 2 images"][0] == np.inf
+
+
+# ---- the heart on an image -----------------------------------------------------------------------
+def test_heart_width_grows_with_severity():
+    for seed in range(10):
+        scene = sample_scene(np.random.default_rng(seed))
+        grades = [(), *((Finding("Cardiomegaly", severity=s),) for s in HEART)]
+        seen = [sample.heart_width(paint(scene, g, 64)) for g in grades]
+        assert all(a < b for a, b in zip(seen, seen[1:])), (seed, seen)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_heart_width_follows_the_true_ratio(size):
+    images = [phantom("val", i, size) for i in range(300)]
+    seen = np.array([sample.heart_width(p.image) for p in images])
+    true = np.array([p.heart_ratio for p in images])
+    assert np.isfinite(seen).all() and np.corrcoef(seen, true)[0, 1] > .9
+    assert abs(seen - true).mean() < .03
+    flat = [sample.heart_width(np.full((64, 64), v, np.uint8)) for v in (0, 128, 255)]
+    assert np.isfinite(flat).all()
