@@ -351,7 +351,7 @@ def generate(args):
     model = open_model(args)
     how, images = settings(args, model), []
     texts = [text for text in args.texts for _ in range(args.count * count)]
-    seeds = [(args.seed) + n for n in range(len(texts))]
+    seeds = [args.seed + n for n in range(len(texts))]
     for n in tqdm(range(0, len(texts), 8), desc="images", disable=len(texts) <= 8):
         made = model.generate(texts[n:n + 8], args.size, seeds[n:n + 8], **how)
         images += [*made[:, 0].cpu().numpy()]
@@ -375,15 +375,14 @@ def look(args):
     model = open_model(args)
     if (args.layer or 1) > (depth := len(model.lm.tower.layers)):
         raise UserError(f"--layer {args.layer}: these weights have {depth} layers")
-    layers = slice(args.layer - 1, args.layer) if args.layer else slice(None)
     if args.reads:
         image = square(read_image(args.what), model.config.vit_image)
-        ids, maps = report_maps(model, image, layers)
-        cells, captions, times = [overlay(image, maps[0, ..., 0] * 0)], [args.what], [""]
+        ids, maps = report_maps(model, image)
+        cells, captions, times = [image], [args.what], [""]
         print(model.tokenizer.decode(ids))
     else:
         how, ids = settings(args, model), model.ids(args.what)
-        latents, maps = caption_maps(model, ids, args.size, args.seed, layers, **how)
+        latents, maps = caption_maps(model, ids, args.size, args.seed, **how)
         steps = sorted({round(s) for s in np.linspace(0, len(latents) - 1, 8)})
         path, maps = shift_time(torch.linspace(1, 0, how["points"]), how["shift"]), maps[steps]
         with torch.no_grad():
@@ -391,10 +390,11 @@ def look(args):
         captions, image = [f"image at t = {path[s + 1]:.2f}" for s in steps], cells[-1]
         times = [f" at t = {path[s]:.2f}" for s in steps]
         print(f"{args.used}, seed {args.seed}")
+    maps = maps[:, args.layer - 1] if args.layer else maps.mean(1)
     for word, at in words(model.tokenizer, ids):
         heat = maps[..., at].mean(-1)
         cells += [overlay(image, one / heat.max()) for one in heat]
-        captions += [f"{word}{when}\nred: {heat.max():.1%}" for when in times]
+        captions += [f"{word}{when}\nfull red: {heat.max():.1%}" for when in times]
     sheet(cells, captions, 6 if args.reads else len(times), Path(args.out))
     print(f"wrote {args.out}")
 
@@ -436,31 +436,31 @@ def words(tokenizer, ids: list[int]) -> list[tuple[str, list[int]]]:
 
 
 @torch.no_grad()
-def caption_maps(model: UniX, ids: list[int], size, seed: int, layers=slice(None), **how):
+def caption_maps(model: UniX, ids: list[int], size, seed: int, **how):
     """Generates an image of a text -> the latents after each step (s, c, h, w), and how much each
-    latent token attends to each token of the text in each step (s, rows, columns, l)."""
+    latent token attends to each token of the text (s, layers, rows, columns, l)."""
     side, latents, maps = model.latent_rows(size), [], []
     with recorded() as weights:
         for x in model.sample_latents([ids], side, side, [seed], **how):
-            step = torch.stack(weights[-len(model.lm.tower.layers):])[layers].mean(0)
-            maps.append(step[2:, 1:1 + len(ids)])           # rows: no markers; columns: no BOS
+            step = torch.stack(weights[-len(model.lm.tower.layers):])
+            maps.append(step[:, 2:, 1:1 + len(ids)].cpu())  # rows: no markers; columns: no BOS
             latents.append(x)
             weights.clear()
-    return torch.cat(latents), torch.stack(maps).unflatten(1, model.grid(side, side)).cpu()
+    return torch.cat(latents), torch.stack(maps).unflatten(2, model.grid(side, side))
 
 
 @torch.no_grad()
-def report_maps(model: UniX, image: np.ndarray, layers=slice(None)):
+def report_maps(model: UniX, image: np.ndarray):
     """Writes the report of a uint8 image -> its token ids, and how much each of them attends to
-    each patch (1, rows, columns, l)."""
+    each patch (1, layers, rows, columns, l)."""
     ids = model.ids(*read(model, image[None]))
     start = [*model.wrap(model.ids(INSTRUCTIONS[0])), model.config.bos]
     block = model.embed_image(model.vit.prepare(torch.from_numpy(image[None]).to(model.device)))
     with recorded() as weights:
         model.lm.read_text(*model.pad([start + ids]), block)
-    weights = torch.stack(weights[::2])[layers].mean(0)     # [1::2]: the image block once more
-    patches = weights[block.shape[1] + len(start):, 1:block.shape[1] - 1].T.cpu()
-    return ids, patches.unflatten(0, (model.vit.image // model.vit.patch, -1))[None]
+    weights = torch.stack(weights[::2]).cpu()               # [1::2]: the image block once more
+    patches = weights[:, block.shape[1] + len(start):, 1:block.shape[1] - 1].mT
+    return ids, patches.unflatten(1, (model.vit.image // model.vit.patch, -1))[None]
 
 
 def overlay(image: np.ndarray, heat) -> np.ndarray:
@@ -608,8 +608,8 @@ class Evaluation:
     def round_trip(self, kind: str, prompts: dict[str, str]) -> tuple:
         """Is what an image was generated from read back from it? prompts: index -> text.
         -> the best image of each (n, h, w), its report, {figure: [value, low, high]}."""
-        count, seed = self.args.best_of or 1, self.args.seed
-        wanted = {f"{i}-{k}" if k else i: (text, seed + int(i) + k * 1_000_000)
+        args, count = self.args, self.args.best_of or 1
+        wanted = {f"{i}-{k}" if k else i: (text, args.seed + int(i) + k * 1_000_000)
                   for i, text in prompts.items() for k in range(count)}
         texts, images = [text for text, _ in wanted.values()], self.images(kind, wanted)
         back = self.reports(f"generated-{kind}.csv", images, dict(zip(wanted, texts)))

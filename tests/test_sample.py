@@ -365,40 +365,28 @@ def test_words_that_look_shows():
         assert word in token.lower() and len(token) < len(word) + 5
 
 
-def caption_weights(model, ids, seed, layers, points):
-    """The slow way: weights of every layer in every step, from the q and k that a hook finds."""
-    steps, side = [], model.latent_rows(None)
-    with sample.recorded() as seen:
-        for _ in model.sample_latents([ids], side, side, [seed], points=points):
-            steps.append(seen[:])
-            seen.clear()
-    steps[0] = steps[0][len(model.lm.tower.layers):]    # the first ones read the caption
-    return [sum(step[i] for i in layers) / len(layers) for step in steps]
-
-
 def test_maps_of_a_caption(weights):
     model = UniX.load(weights)
-    ids = model.ids("Large left effusion.")
-    for chosen, layers in ((slice(None), (0, 1, 2)), (slice(1, 2), (1,))):
-        latents, maps = sample.caption_maps(model, ids, None, 3, chosen, points=5)
-        assert latents.shape == (4, 16, 6, 6) and maps.shape == (4, 6, 6, len(ids))
-        for weights_, map_ in zip(caption_weights(model, ids, 3, layers, 5), maps):
-            n = len(ids) + 2                            # BOS text EOS, markers, latents
-            assert weights_.shape == (2 + 36, n + 2 + 36)
-            for row, column, token in ((0, 0, 0), (0, 5, 1), (4, 2, len(ids) - 1)):
-                got = map_[row, column, token]
-                assert got == pytest.approx(weights_[2 + 6 * row + column, 1 + token].item())
-    side = model.latent_rows(None)
-    (*_, last) = model.sample_latents([ids], side, side, [3], points=5)
+    ids, side, steps = model.ids("Large left effusion."), model.latent_rows(None), []
+    latents, maps = sample.caption_maps(model, ids, None, 3, points=5)
+    assert latents.shape == (4, 16, 6, 6) and maps.shape == (4, 3, 6, 6, len(ids))
+    with sample.recorded() as seen:
+        for last in model.sample_latents([ids], side, side, [3], points=5):
+            steps.append(seen[-3:])
     assert torch.equal(latents[-1:], last)
+    for step, layer, row, column, token in ((0, 0, 0, 0, 0), (3, 2, 0, 5, 1),
+                                            (1, 1, 4, 2, len(ids) - 1)):
+        whole = steps[step][layer]                      # BOS text EOS, markers, latents
+        assert whole.shape == (2 + 36, len(ids) + 2 + 2 + 36)
+        assert maps[step, layer, row, column, token] == whole[2 + 6 * row + column, 1 + token]
 
 
 def test_maps_of_a_report(weights, monkeypatch):
     model = UniX.load(weights)
     image = np.random.default_rng(0).integers(0, 255, (48, 48), np.uint8)
     monkeypatch.setattr(sample, "read", lambda *_: ["Small left effusion."])
-    ids, maps = sample.report_maps(model, image, slice(2, 3))
-    assert ids == model.ids("Small left effusion.") and maps.shape == (1, 6, 6, len(ids))
+    ids, maps = sample.report_maps(model, image)
+    assert ids == model.ids("Small left effusion.") and maps.shape == (1, 3, 6, 6, len(ids))
     before = [*model.wrap(model.ids(INSTRUCTIONS[0])), model.config.bos]
     block = model.embed_image(vit_pixels(torch.from_numpy(image[None]).float()))
     for at in (0, len(ids) - 1):        # a token that is the last of its text
@@ -406,7 +394,7 @@ def test_maps_of_a_report(weights, monkeypatch):
         with sample.recorded() as seen:
             model.lm.read_text(tokens, torch.tensor([tokens.shape[1]]), block)
         want = seen[4][-1, 1:37].reshape(6, 6)          # layer 3: after two of each layer before
-        assert torch.allclose(maps[0, ..., at], want, atol=1e-6)
+        assert torch.allclose(maps[0, 2, ..., at], want, atol=1e-6)
 
 
 def test_overlay():
@@ -440,7 +428,7 @@ def test_look(weights, image, tmp_path, capsys, monkeypatch):
     call(weights, "look", image, "--out", tmp_path / "b.png")
     cells, captions, columns, out = sheets[1]
     assert [c.split()[0] for c in captions] == [image, "small", "left", "effusion"]
-    assert columns == 6 and [c.shape for c in cells] == [(48, 48, 3)] * 4
+    assert columns == 6 and [c.shape for c in cells] == [(48, 48)] + [(48, 48, 3)] * 3
     assert capsys.readouterr().out == f"Small left effusion is there.\nwrote {out}\n"
     monkeypatch.undo()
     call(weights, "look", "Large left effusion.", "--points", 3, "--layer", 2,
