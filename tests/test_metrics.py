@@ -231,3 +231,53 @@ def test_heart_width_follows_the_true_ratio(size):
     assert abs(seen - true).mean() < .03
     flat = [sample.heart_width(np.full((64, 64), v, np.uint8)) for v in (0, 128, 255)]
     assert np.isfinite(flat).all()
+
+
+def test_hearts_are_measured_from_normal_to_severe():
+    """Two of three seeds rise all the way; texts say what is painted; images have a folder."""
+    def images(kind, wanted):
+        assert kind == "hearts" and len({seed for _, seed in wanted.values()}) == 3
+        painted = []
+        for text, seed in wanted.values():
+            level = ("normal", "mild", "severe").index(next(
+                w for w in ("normal", "mild", "severe") if w in text))
+            level = 1 - level // 2 if seed == 1001 else level           # falls at the end
+            grade = Finding("Cardiomegaly", severity=("", "mild", "severe")[level])
+            scene = sample_scene(np.random.default_rng(seed))
+            painted.append(paint(scene, (grade,) if level else (), 64))
+        return np.stack(painted)
+    found = sample.Evaluation.hearts(SimpleNamespace(images=images), count=3)
+    assert found["normal < mild < severe, share of seeds"][0] == pytest.approx(2 / 3)
+
+
+# ---- tables of details ---------------------------------------------------------------------------
+def test_details_of_report_scores_by_hand():
+    """Sides count where effusion, pneumothorax or opacity are in both reports and the true side is
+    known; severities count for every class."""
+    truth = ["Small left effusion.", "Large right pneumothorax.", "Severe cardiomegaly.",
+             "Left rib fracture.", "Effusion.", "Possible pneumonia. Consolidation."]
+    written = ["Small right effusion. Edema.", "Small right pneumothorax.", "Mild cardiomegaly.",
+               "Right rib fracture.", "Small left effusion.", "Pneumonia."]
+    found = {k: v[0] for k, v in sample.report_scores(truth, written).items()}
+    assert found["sides right"] == 1 / 2                        # left/right wrong, right/right
+    assert found["severity right"] == 1 / 3                     # small/small, two wrong
+    # positive: 5 of 6 are found, two are invented (edema, pneumonia for a consolidation)
+    assert found["micro F1-14"] == pytest.approx(2 * 5 / (6 + 7))
+    assert found["micro F1-14, uncertain as positive"] == pytest.approx(2 * 6 / (7 + 7))
+    # of the five: effusion twice, cardiomegaly; consolidation missed, edema invented
+    assert found["micro F1-5"] == pytest.approx(2 * 3 / (4 + 4))
+    assert found["macro F1-5"] == pytest.approx((1 + 1) / 5)
+    assert found["BLEU-1"] == pytest.approx(sample.bleu(truth, written)[0])
+    assert found["ROUGE-L"] == pytest.approx(sample.rouge_l(truth, written))
+    assert "sides right" not in sample.report_scores(["Edema."], ["Edema."])
+
+
+def test_details_of_image_scores():
+    real, fake = RNG.normal(size=(40, 3)), RNG.normal(size=(40, 3)) / 3
+    found = sample.image_scores(real, fake)
+    for name, value in sample.prdc(real, fake).items():
+        assert found[name][0] == value, name
+    assert found["precision"][0] > found["recall"][0] and found["precision"][2] <= 1
+    assert found["FD"][0] == sample.frechet_distance(real, fake)
+    assert list(sample.image_scores(real[:5], fake[:5])) == ["FD", "KD"]
+    assert sample.image_scores(real[:1], fake[:1]) == {}

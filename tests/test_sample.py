@@ -19,7 +19,7 @@ import joint_attn
 import sample
 from ar import Tokenizer, vit_pixels
 from conftest import ROOT, small_config
-from data import UserError, impression, phantom_scene
+from data import UserError, impression, phantom, phantom_scene
 from diffusion import VAE
 from unix import INSTRUCTIONS, SPECIAL, Config, UniX
 
@@ -356,7 +356,7 @@ def test_words_that_look_shows():
         ids = [text[i:i + split] for i in range(0, len(text), split)]
         found = sample.words(SimpleNamespace(decode="".join), ids)
         return [word for word, _ in found], ["".join(ids[i] for i in at) for _, at in found]
-    text = "FINDINGS: Large right-sided effusion in the lung. There is a small heart. IMPRESSION: No."
+    text = "FINDINGS: Large right-sided effusion in the lung. It is a small heart. IMPRESSION: No."
     words = ["large", "right-sided", "effusion", "small", "heart", "no"]
     assert shown(text) == (words, ["Large", "right-sided", "effusion", "small", "heart", "No"])
     found, tokens = shown(text, 3)                      # tokens that cut across words
@@ -494,6 +494,29 @@ def test_evaluate_scores_everything_and_resumes(weights, tmp_path, monkeypatch, 
     assert (out / "images" / "reports" / "3.png").read_bytes() != before
 
 
+def test_the_origin_of_an_evaluation(weights, tmp_path):
+    """Other weights, data, seed, size or settings: the origin. More images of a text: not."""
+    shutil.copytree(weights, tmp_path / "weights")
+
+    def origin(*words):
+        args = sample.parse(["evaluate", "--weights", str(tmp_path / "weights"), "--device", "cpu",
+                             "--out", str(tmp_path / "e"), *words])
+        sample.Evaluation(args)
+        kept = (tmp_path / "e" / "a.csv").exists() and (tmp_path / "e/images/x/a.png").exists()
+        (tmp_path / "e" / "images" / "x").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "e" / "a.csv").touch()
+        (tmp_path / "e" / "images" / "x" / "a.png").touch()
+        return kept
+    origin()
+    assert origin() and origin("--best-of", "3") and origin("--samples", "9", "--seed", "0")
+    assert origin("--judge", str(weights)) and origin("--points", "50", "--shift", "3")
+    for words in (("--seed", "1"), ("--points", "9"), ("--guidance", "5"), ("--eta", ".5"),
+                  ("--shift", "2"), ("--size", "32"), ("--split", "test"), ("--precision", "bf16")):
+        assert not origin(*words) and origin(*words), words
+    os.utime(tmp_path / "weights" / "config.json", (1, 1))      # trained further
+    assert not origin(*words)
+
+
 def test_evaluate_best_of_and_a_second_reader(weights, tmp_path, monkeypatch, capsys):
     """The reader calls the second of each three images right, the judge nothing."""
     model = UniX.load(weights)
@@ -510,12 +533,21 @@ def test_evaluate_best_of_and_a_second_reader(weights, tmp_path, monkeypatch, ca
     sizes = []
     monkeypatch.setattr(sample, "read", reads)
     monkeypatch.setattr(sample.Evaluation, "hearts", lambda self: {})
+    sheets = {}
+    monkeypatch.setattr(sample, "sheet", lambda *how: sheets.update({how[-1].name: how}))
     call(weights, "evaluate", "--out", tmp_path / "e", "--samples", 4, "--points", 3, "--best-of",
          3, "--judge", tmp_path / "judge")
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
     for kind in ("reports", "impressions"):
         table = metrics[f"round trip of {kind}: generated images read back"]
         assert table["micro F1-14"][0] == 1 and table["micro F1-14, second reader"][0] == 0
+        assert table["micro F1-14 of the true images (ceiling)"][0] == 0
+        cells, captions = sheets[f"{kind}.png"][:2]
+        text = impression(texts[1]) if kind == "impressions" else texts[1]
+        assert captions[2:4] == [f"TRUE IMAGE\n{text}", f"GENERATED, AND READ AS\n{text}"]
+        assert (cells[2] == phantom("val", 1, 48).image).all()
+        chosen = Image.open(tmp_path / "e" / "images" / kind / "1-1.png")
+        assert (cells[3] == np.array(chosen)).all()
         names = {p.name for p in (tmp_path / "e" / "images" / kind).iterdir()}
         assert names == {f"{i}{k}.png" for i in range(4) for k in ("", "-1", "-2")}
     seeds = [Image.open(tmp_path / "e" / "images" / "reports" / f"2{k}.png") for k in ("", "-2")]
