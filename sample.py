@@ -99,7 +99,7 @@ def check(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
             ("where an image is read", args.command == "look" and args.reads
              and {"seed", "points", "guidance", "eta", "shift", "size"}),
             ("in a single step", vars(args).get("points") == 2 and {"eta", "shift"})):
-        for name in args.given & (names or set()):
+        for name in sorted(args.given & (names or set())):
             parser.error(f"--{name.replace('_', '-')} changes nothing {where}; leave it out")
     args.seed = args.seed or 0
     return args
@@ -509,9 +509,12 @@ def report_scores(truth: list[str], written: list[str]) -> dict[str, list[float]
                 found |= {f"{k} F1-{count}{name}": score[k] for k in ("micro", "macro")}
         grams = bleu([truth[j] for j in i], [written[j] for j in i])
         found |= {f"BLEU-{n}": value for n, value in enumerate(grams, 1)}
-        found["ROUGE-L"] = rouge[i].mean()
-        return found | {name: counts[i, 2].sum() / max(1, counts[i, 1].sum())
-                        for name, counts in details.items() if counts[:, 1].any()}
+        found |= {"ROUGE-L": rouge[i].mean()} | {
+            name: counts[i, 2].sum() / max(1, counts[i, 1].sum())
+            for name, counts in details.items() if counts[:, 1].any()}
+        each = f1_scores(a[i] == 1, b[i] == 1)["per_class"]
+        return found | {f"F1 {CLASSES[j]} ({(a[:, j] == 1).sum()})": each[j]
+                        for j in np.flatnonzero((a == 1).any(0))}
     return with_intervals(figures, len(truth))
 
 
@@ -553,8 +556,8 @@ class Evaluation:
         self.args, self.size = args, args.size or model.config.resolution
         self.generates = model.vae is not None and bool(model.llm2vae.weight.any())
         if not self.generates:
-            for name in args.given & {"points", "guidance", "eta", "shift", "seed", "best_of",
-                                      "judge", "features"}:
+            for name in sorted(args.given & {"points", "guidance", "eta", "shift", "seed", "judge",
+                                             "best_of", "features"}):
                 raise UserError(f"--{name.replace('_', '-')} changes nothing, as {args.weights} "
                                 "cannot generate yet; leave it out, or run train.py --stage 2")
         self.how = settings(args, model) if self.generates else {}
@@ -614,18 +617,12 @@ class Evaluation:
         texts, images = [text for text, _ in wanted.values()], self.images(kind, wanted)
         back = self.reports(f"generated-{kind}.csv", images, dict(zip(wanted, texts)))
         best, asked = best_of(count, texts, back), [*prompts.values()]
-        back, images, kept = [back[i] for i in best], images[best], [
-            "micro F1-14", "macro F1-14", "sides right", "severity right"]
-        table = {k: v for k, v in report_scores(asked, back).items() if k in kept}
-        if self.judge:
-            second = report_scores(asked, read(self.judge, images))
-            table |= {f"{k}, second reader": second[k] for k in kept if k in second}
-        a, b = label_table(asked) == 1, label_table(back) == 1
-
-        def by_class(i):
-            each = f1_scores(a[i], b[i])["per_class"]
-            return {f"F1 {CLASSES[j]} ({a[:, j].sum()})": each[j] for j in np.flatnonzero(a.any(0))}
-        return images, back, table | with_intervals(by_class, len(a))
+        back, images, table = [back[i] for i in best], images[best], {}
+        readers = {"": back} | ({", second reader": read(self.judge, images)} if self.judge else {})
+        for name, reports in readers.items():
+            table |= {k + name: v for k, v in report_scores(asked, reports).items() if
+                      k in ("micro F1-14", "macro F1-14") or re.match("sides|severity|F1 ", k)}
+        return images, back, table
 
     def hearts(self, count=20) -> dict[str, list[float]]:
         """Share of noise seeds whose heart widens from normal to mildly to severely enlarged."""
@@ -637,9 +634,9 @@ class Evaluation:
 
     def generation(self, samples: dict, real: np.ndarray, written: list[str]) -> dict:
         """Table 3, and round trips of whole captions and of their impressions alone."""
-        captions, found = {i: s["caption"] for i, s in samples.items()}, {}
-        short = {i: impression(text) for i, text in captions.items()}
-        for kind, prompts in (("reports", captions), ("impressions", short)):
+        found, captions = {}, {i: s["caption"] for i, s in samples.items()}
+        for kind, prompts in {"reports": captions, "impressions": {
+                i: impression(text) for i, text in captions.items()}}.items():
             fake, back, table = self.round_trip(kind, prompts)
             table["micro F1-14 of the true images (ceiling)"] = report_scores(
                 [*prompts.values()], written)["micro F1-14"]
@@ -653,8 +650,9 @@ class Evaluation:
             lines = [text for asked, read in zip(prompts.values(), back[:8]) for text in (
                 f"TRUE IMAGE\n{asked}", f"GENERATED, AND READ AS\n{read}")]
             sheet(cells, lines, 4, self.out / f"{kind}.png")
-        return found | ({"severity of the heart": self.hearts()} if self.args.data == "phantom"
-                        else {})
+        if self.args.data == "phantom":
+            found["severity of the heart"] = self.hearts()
+        return found
 
 
 def evaluate(args):
