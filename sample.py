@@ -282,7 +282,7 @@ def open_model(args) -> UniX:
     except (RuntimeError, AssertionError):      # torch's answer to a device that is not there
         raise UserError(f"--device {device} is not to be had here; try cpu") from None
     model, kind = UniX.load(args.weights, device), device.split(":")[0]
-    if args.reads and getattr(model.config, "taught_on", "") == "phantom":
+    if args.reads and model.config.taught_on == "phantom":
         note("these weights know phantoms alone: what they write of a real X-ray means nothing")
     fast = kind == "cuda" or kind == "cpu" and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
