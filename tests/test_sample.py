@@ -178,6 +178,26 @@ def test_report_and_generate(weights, image, tmp_path, capsys):
     assert (np.array(Image.open(tmp_path / "new" / names[2])) == two).all()
 
 
+def test_settings_are_as_asked_else_as_trained(weights):
+    model = UniX.load(weights)
+    model.config.guidance, model.config.eta = 2.5, 0.75
+
+    def settings(*words):
+        args = sample.parse(["look", "fine", "--weights", str(weights), *words])
+        return sample.settings(args, model), args.used
+    assert settings() == (
+        {"points": 50, "scale": 2.5, "shift": 3.0, "eta": 0.75},
+        f"weights {weights}, 48 px, guidance 2.5, 50 points, shift 3, eta 0.75")
+    asked = ("--points", "9", "--guidance", "1", "--shift", "1", "--eta", "0", "--size", "32")
+    assert settings(*asked) == ({"points": 9, "scale": 1.0, "shift": 1.0, "eta": 0.0},
+                                f"weights {weights}, 32 px, guidance 1, 9 points, shift 1, eta 0")
+
+
+def test_generate_takes_a_size(weights, tmp_path):
+    call(weights, "generate", "fine", "--size", 32, "--points", 3, "--out", tmp_path / "a.png")
+    assert Image.open(tmp_path / "a.png").size == (32, 32)
+
+
 def test_a_report_is_sampled_as_asked(weights, image, capsys, monkeypatch):
     def written(*words):
         call(weights, "report", image, "--max-tokens", 20, *words)
