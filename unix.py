@@ -369,7 +369,7 @@ def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
     def count(prefix: str) -> int:
         return len({m[1] for m in (re.match(prefix + r"(\d+)\.", k) for k in weights) if m})
     text = "language_config" if about.get("language_config", {}) else "llm_config"
-    drawing, layer, base = "inference_config.generation", "lm.tower.layers.0.und.", Config()
+    sampling, layer, base = "inference_config.generation", "lm.tower.layers.0.und.", Config()
     sizes = {ours: size(*at) for ours, at in RELEASED["sizes"].items()}
     rows, vocab, vit_width = size(layer + "q_proj.weight", 0), sizes["vocab"], sizes["vit_width"]
     heads = about.get(f"{text}.num_attention_heads", max(1, rows // 128), 1, rows)  # Janus-Pro: 128
@@ -399,8 +399,8 @@ def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
         latent_side=math.isqrt(size("positions", 0, base.latent_side ** 2)),
         latent_patch=latent_patch, latent_channels=latents // latent_patch ** 2,
         interpolate_pos=about.get("interpolate_pos", False),
-        guidance=about.get(f"{drawing}.cfg_text_scale", base.guidance),
-        guided=tuple(about.get(f"{drawing}.cfg_interval.{i}", base.guided[i]) for i in (0, 1)),
+        guidance=about.get(f"{sampling}.cfg_text_scale", base.guidance),
+        guided=tuple(about.get(f"{sampling}.cfg_interval.{i}", base.guided[i]) for i in (0, 1)),
         **{ours[1:]: about.get(f"special_token_ids.{theirs}", i, 0, vocab - 1)
            for (theirs, ours), i in zip(markers.items(), usual)},
         **{k: about.get(f"ours.{k}", getattr(base, k), 0, 1 if k == "eta" else 1e9) for k in OURS})
