@@ -391,7 +391,7 @@ class Tokenizer:
             raise UserError(f"cannot use the tokenizer {path}: {type(e).__name__} {e}") from e
 
     def save(self, path: Path):
-        """Write a tokenizer.json that Hugging Face's `tokenizers` opens too, whole or not at all."""
+        """Write a tokenizer.json that `tokenizers` of Hugging Face opens too, or nothing."""
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(self.spec, ensure_ascii=False), encoding="utf-8")
 

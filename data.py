@@ -469,7 +469,7 @@ def shuffled(n, seed, epoch):
 def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
     """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)},
     or whatever the data set's samples hold. The k-th depends on (seed, k) alone, so start_step
-    resumes, and `workers` changes nothing. Rank r gets its b, about batch_size / world, rows of each.
+    resumes, and `workers` changes nothing. Rank r gets its b = about batch_size / world rows of it.
     UserError if too much is broken, or if a loader process is killed or stalls."""
     first, last = (batch_size * (rank + i) // world for i in (0, 1))
     b, n = last - first, len(dataset)

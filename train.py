@@ -1043,8 +1043,9 @@ def plan(options: Options, stage: Stage):
         o = replace(options, checkpointing=checkpointing)
         parts, share = memory(model, o, stage, 1, bf16), stage.batch // world
         rows = int((room - sum(parts.values())) // parts["activations"] + 1)    # that fit at once
+        fits = f"--accumulate {-(-share // rows)}" if rows > 0 else "too large"
         print(f"  in {room:.1f} GiB a process, {'with' if checkpointing else 'without'} "
-              f"--checkpointing: {f'--accumulate {-(-share // rows)}' if rows > 0 else 'too large'}")
+              f"--checkpointing: {fits}")
     image, latents, text = tokens_a_sample(model, stage)
     tokens = {"understanding": image + text, "generation": latents}.get(stage.trains, 0)
     total = tokens * stage.batch * stage.steps

@@ -129,7 +129,8 @@ HOSTILE = {     # target: (an answer, what the grade says of its exercise; "" wh
     "diffusion.position_ids": (ALL[5].RIGHT["diffusion.position_ids"].replace(
         "    n =", "    print('passed')\n    n ="), ""),
     "joint_attn.rope": ("def rope(ids, dim):\n    t = torch\n"
-                        "    t.isfinite = lambda *a: t.ones(1)\n    return t.ones(1), t.ones(1)", "changes isfinite"),
+                        "    t.isfinite = lambda *a: t.ones(1)\n"
+                        "    return t.ones(1), t.ones(1)", "changes isfinite"),
     "joint_attn.Expert.qkv": ("def qkv(self, x, cos_sin):\n    import os\n    os._exit(0)",
                               "imports os"),
     "joint_attn.Layer.read": ("def read(self, x, cos_sin, n_image):\n    return open('/x')",

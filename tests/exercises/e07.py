@@ -68,7 +68,7 @@ def check_shapes(lib, seed):
 def check_values_of_v(lib, seed):
     """v: normed tokens, projected, cut into heads; no QK-norm, no rotation."""
     expert, x, ids, cos_sin = setting(lib, seed)
-    v = expert.qkv(x, cos_sin)[2]
+    v = tuple(expert.qkv(x, cos_sin))[2]
     want = torch.stack([oracles.expert_qkv(expert, a, i)[2] for a, i in zip(x, ids)])
     raw = torch.stack([oracles.heads(oracles.project(expert.v_proj, a), 8) for a in x])
     assert differs(v, raw), "qkv() must project input_layernorm(x), not x"

@@ -89,7 +89,7 @@ class Setting:
 
     def run(self, past=None, mask=None, frozen=False):
         found = self.layer.denoise(self.boi_eoi, self.x, self.cos_sin, past, mask, frozen)
-        assert isinstance(found, tuple) and len(found) == 2, (
+        assert isinstance(found, (tuple, list)) and len(found) == 2, (
             "denoise() must return two things: the new markers and the new latents")
         return found
 
@@ -221,8 +221,12 @@ def check_frozen_gradient(lib, seed):
 def check_free_gradient(lib, seed):
     """Not frozen: both experts learn, und also through the latents that see its keys."""
     s = Setting(lib, seed)
+    for a in s.past:
+        a.requires_grad_(True)
     _, x = s.run(s.past)
     x.square().sum().backward()
+    assert all(a.grad is not None and a.grad.any() for a in s.past), (
+        "with frozen=False the text's keys and values must get a gradient: whoever read it learns")
     for name in ("k_proj", "v_proj"):
         p = getattr(s.layer.und, name).weight
         assert p.grad is not None and p.grad.any(), (
@@ -390,6 +394,8 @@ WRONG = {
                           "        return boi_eoi, self.gen.finish(x, mixed_g)"),
     "text and latents frozen": variant(ATTEND, "with torch.set_grad_enabled(grad):\n"
                                                "        mixed = attend(q, k, v, mask)"),
+    "text cut off": variant(PAST, "k, v = torch.cat([past[0].detach(), k], dim=2), "
+                                  "torch.cat([past[1].detach(), v], dim=2)"),
     "always frozen": variant("torch.is_grad_enabled() and not frozen", "False"),
     "gradients switched on": variant("torch.is_grad_enabled() and not frozen", "not frozen"),
     "weights switched off": variant("grad = torch.is_grad_enabled() and not frozen", "grad = "

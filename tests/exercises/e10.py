@@ -16,7 +16,8 @@ TEXT = """
 Captions of a batch have different lengths, and guidance needs the network without any caption. A
 `Context` holds what was read: `kv`, a list with keys and values `(b, g, l, k)` of each layer;
 `length` `(b,)`, the number of tokens of each sample (what is behind them in `kv` is padding);
-`next_id` `(b,)`, the RoPE id that the image block gets; `ragged`, whether some key is padding.
+`next_id` `(b,)`, the RoPE id that the image block gets (not always the length: a whole image has
+one id); `ragged`, whether some key is padding.
 
 A key of zeros is still a key: its score is 0, e^0 = 1, and it takes its share of the softmax. So
 what must not be seen is masked, and zeroing does not do. Write three methods:
@@ -59,7 +60,8 @@ def context(lib, seed, lengths, l: int = 4, layers: int = 2, ragged=None):
     kv = [(noise(seed + 2 * i, b, 2, l, 8), noise(seed + 2 * i + 1, b, 2, l, 8))
           for i in range(layers)]
     ragged = any(n < l for n in lengths) if ragged is None else ragged
-    return lib.joint_attn.Context(kv, torch.tensor(lengths), torch.tensor(lengths), ragged)
+    length = torch.tensor(lengths)
+    return lib.joint_attn.Context(kv, length, length + 5, ragged)   # ids are no lengths
 
 
 def attended(seed, c, i: int, layer: int = 0, extra: int = 3) -> torch.Tensor:
@@ -120,7 +122,7 @@ def check_drop_fields(lib, seed):
     assert lengths != [3, 0, 0, 4], "drop() empties the wrong samples: those where rows is True"
     assert lengths == [0, 4, 2, 0], (
         f"drop() must set the length of dropped samples to 0 and keep others: {lengths}")
-    assert ids == [0, 4, 2, 0], (
+    assert ids == [0, 9, 7, 0], (
         "drop() must set next_id of dropped samples to 0: an image without a caption begins at "
         f"RoPE id 0 ({ids})")
     assert len(got.kv) == 2 and got.kv[0][0].shape == (4, 2, 4, 8), (
@@ -170,7 +172,7 @@ def check_with_empty(lib, seed):
                                 "without: not in pairs")
         assert found == lengths + [0, 0, 0], (
             f"with_empty() must have the lengths {lengths + [0, 0, 0]}, not {found}")
-        assert got.next_id.tolist() == lengths + [0, 0, 0], (
+        assert got.next_id.tolist() == [n + 5 for n in lengths] + [0, 0, 0], (
             "with_empty() must have the ids of the captions first, then zeros")
         assert len(got.kv) == 2 and all(a.shape == (6, 2, 4, 8) for pair in got.kv for a in pair), (
             "with_empty() must have keys and values of all layers for both halves")
@@ -202,8 +204,9 @@ def expected(lib):
         return torch.tensor(rows)[:, None, None]
 
     def drop(self, rows):
-        zero = [0 if gone else n for n, gone in zip(self.length.tolist(), rows.tolist())]
-        return self._replace(length=torch.tensor(zero), next_id=torch.tensor(zero), ragged=True)
+        length, ids = (torch.tensor([0 if gone else n for n, gone in zip(a, rows)])
+                       for a in (self.length.tolist(), self.next_id.tolist()))
+        return self._replace(length=length, next_id=ids, ragged=True)
     lib.joint_attn.Context.mask, lib.joint_attn.Context.drop = mask, drop
     return lib
 
@@ -291,6 +294,7 @@ def with_empty(self):
 LENGTHS, IDS = "torch.cat([self.length, none])", "torch.cat([self.next_id, none])"
 WRONG = {
     "one too many": mask("at <= self.length[:, None]"),
+    "by RoPE ids": mask("at < self.next_id[:, None]"),
     "one too few": mask("at < self.length[:, None] - 1"),
     "upside down": mask("at >= self.length[:, None]"),
     "padding seen": mask("at < self.length.max().expand(len(self.length), 1)"),

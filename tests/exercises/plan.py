@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import course  # noqa: E402
 
-# title, what to read together (functions, classes, or a file's docstring), exercises, what to look at
+# title, what to read (functions, classes, or a file's docstring), exercises, what to look at
 SITTINGS = [
     ("From noise to an image",
      ["diffusion", "diffusion.path", "diffusion.target", "diffusion.shift_time",
