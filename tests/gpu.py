@@ -77,7 +77,8 @@ class Lab:
     def memory(self, peak=False) -> float:
         """GiB of the GPU that are in use, or were at most; of a CPU's process (on Linux)."""
         if self.kind == "cuda":
-            return (torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated)() / GIB
+            used = torch.cuda.max_memory_allocated if peak else torch.cuda.memory_allocated
+            return used() / GIB
         status = Path("/proc/self/status")
         if not status.exists():
             return 0.0
