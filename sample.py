@@ -565,7 +565,7 @@ class Evaluation:
         self.judge = args.judge and open_model(argparse.Namespace(
             **{**vars(args), "weights": args.judge}))
         self.data = open_data(args.data, args.split, max(self.size, model.config.vit_image))
-        config, home = Path(args.weights, "config.json").resolve(), Path(args.weights)
+        config, home = Path(args.weights, "config.json").resolve(), Path(args.weights).resolve()
         self.out = Path(args.out or (Path("runs") if home == SHIPPED else home) / "evaluation")
         self.out.mkdir(parents=True, exist_ok=True)
         about, origin = self.out / "origin.json", json.dumps([

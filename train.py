@@ -808,7 +808,7 @@ class LatentCache:
         header = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             header, {"descr": "<f2", "fortran_order": False, "shape": shape})
-        file = open(os.open(f"{self.stem}.{kind}.npy", os.O_RDWR | os.O_CREAT), "r+b")
+        file = open(os.open(f"{self.stem}.{kind}.npy", os.O_RDWR | os.O_CREAT, 0o666), "r+b")
         file.write(header.getvalue())
         file.seek(first * 2 * math.prod(shape[1:]), os.SEEK_CUR)
         return file

@@ -9,13 +9,10 @@ import torch
 from torch import nn
 
 import train
-from ar import Tokenizer
-from conftest import small_config
-from data import UserError, phantom
-from diffusion import VAE
+from data import UserError
 from phantoms import write_phantoms
 from train import STAGES, Options, Ours, Processes, Stage
-from unix import INSTRUCTIONS, SPECIAL, UniX, load_vae, read_safetensors
+from unix import load_vae, read_safetensors
 
 
 @pytest.fixture(scope="module")
@@ -176,38 +173,6 @@ def test_requires_grad_is_the_table(read, folder, tmp_path, stage, trained):
     inside = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
     assert inside == {id(p) for p in [*trainer.model.parameters(), *(
         trainer.projector.parameters() if trainer.projector else ())] if p.requires_grad}
-
-
-@pytest.mark.parametrize("preset", ["tiny", "unix"])
-def test_every_stage_of_every_preset_takes_steps(preset, folder, tmp_path, monkeypatch):
-    """The preset's row of the table over a small model: nobody had run the paper's own."""
-    small = small_config(vocab=400, latent_side=32, max_tokens=256, vae={
-        "ch": 32, "mult": [1, 1, 1, 1, 1] if preset == "unix" else [1, 1, 1, 1], "blocks": 1,
-        "attn": [], "z": 4, "embed": 4}, latent_channels=4,
-        latent_patch=1 if preset == "unix" else 2)
-    monkeypatch.setitem(train.PRESETS, preset, small)
-    rows = {k: train.replace(s, pixels={0: 32, 1: 32, 2: 32, 3: 64}[k]) for k, s in
-            STAGES[preset].items()}
-    monkeypatch.setitem(STAGES, preset, rows)
-    for stage in (0, 1, 2, 3):
-        train.run(options(folder, tmp_path, stage, preset=preset, batch_size=2))
-    model = UniX.load(tmp_path)
-    assert model.config.resolution == 64 and model.llm2vae.weight.any()
-
-
-def test_a_released_folder_goes_through_stages_1_2_and_3(folder, tmp_path):
-    """--weights of a folder whose image encoder has another size than the preset's."""
-    texts = [phantom("train", i, 64).report for i in range(12)]
-    tokenizer = Tokenizer.train(texts + list(INSTRUCTIONS), 400, special=SPECIAL)
-    vae = VAE(ch=32, mult=[1, 1, 1, 1], blocks=1, attn=[], z=4, embed=4)
-    config = small_config(vocab=len(tokenizer), latent_side=32, max_tokens=256, latent_channels=4,
-                          bos=0, eos=1, boi=2, eoi=3)
-    UniX(config, tokenizer, vae).save(tmp_path / "released")
-    weights = tmp_path / "released"
-    for stage in (1, 2, 3):
-        train.run(options(folder, tmp_path / "own", stage, batch_size=2, weights=str(weights)))
-        weights = tmp_path / "own"
-    assert UniX.load(weights).config.vit_image == 32
 
 
 def test_an_eighth_of_the_reports_is_read_alone(folder, tmp_path):
