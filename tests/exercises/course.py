@@ -102,9 +102,12 @@ def split_target(target: str) -> tuple[str, str]:
     return file, name
 
 
+parse = functools.lru_cache(64)(ast.parse)      # the same files are parsed for each target
+
+
 def find(source: str, name: str) -> ast.FunctionDef:
     """The node of a function ("path") or method ("Expert.qkv"). Raises LookupError, SyntaxError."""
-    body = ast.parse(source).body
+    body = parse(source).body
     *classes, function = name.split(".")
     for c in classes:
         found = [n for n in body if isinstance(n, ast.ClassDef) and n.name == c]

@@ -17,7 +17,7 @@ import course  # noqa: E402
 import labs  # noqa: E402
 
 HELPERS = ("course.py", "labs.py", "lab_*.py", "predict.py", "show.py", "pictures.py",
-           "oracles*.py")
+           "oracles*.py", "capstone.py")
 HIDDEN = ("RIGHT", "WRONG")         # an exercise's answers stay with the lecturer
 PARTS = {"TITLE", "EQUATION", "LAB", "MINUTES", "DIFFICULTY", "TARGETS", "TEXT", "HINTS", "SEES",
          "show", "expected"}

@@ -43,7 +43,7 @@ SITTINGS = [
 def lines(target: str, sources: dict[str, str]) -> tuple[int, int]:
     """First and last line of a function, a class or (a file alone) the file's docstring."""
     file, name = course.split_target(target)
-    tree = ast.parse(sources[file])
+    tree = course.parse(sources[file])
     if not name:
         return 1, tree.body[0].end_lineno
     if any(isinstance(n, ast.ClassDef) and n.name == name for n in tree.body):
