@@ -1,5 +1,6 @@
 """The course tests itself: blank is red, right answers pass, each wrong one breaks a named rule."""
 
+import os
 import re
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import plan  # noqa: E402
 CLEAN = course.clean_sources()
 ALL = course.exercises()
 DATA = course.load(CLEAN).data
-WRONG = [(n, name) for n, module in ALL.items() for name in module.WRONG]
+EACH = None if os.environ.get("ALL_WRONG") else 4       # the rest takes two minutes more
+WRONG = [(n, name) for n, module in ALL.items() for name in [*module.WRONG][:EACH]]
 NO_RULE = re.compile(r"^$|it raised|Tensor-likes|^assert|^\W*$")
 
 

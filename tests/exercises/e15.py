@@ -32,7 +32,7 @@ self.config.latent_patch)`), go to the point `path(x0, eps, t)`, ask `self.veloc
 position_ids, frozen, repa_layer)`, which returns the velocity of the tokens `(b, n, c)` and the
 states after layer `repa_layer`, and return two values: `velocity_loss` (one value a sample, `(b,)`)
 and the states. `self.grid(h, w)` gives rows and columns of the tokens, and
-`self.latent_positions(rows, columns)` their `position_ids`.
+`self.latent_positions(h, w)` their `position_ids`.
 
 `Trainer.flow_losses(self, batch, random)` gives the losses of some images, **summed** over them:
 `{"flow": sum}`, and with REPA `{"flow": sum, "repa": sum}`. All that is random was drawn before and
@@ -583,11 +583,11 @@ RIGHT = {
     "unix.UniX.flow_loss": """
 def flow_loss(self, x0, context, t, eps, frozen=True, repa_layer=0):
     p = self.config.latent_patch
-    rows, columns = self.grid(x0.shape[-2], x0.shape[-1])
+    h, w = x0.shape[-2], x0.shape[-1]
     clean, noise = to_tokens(x0, p), to_tokens(eps, p)
     s = t.reshape(-1, 1, 1)
     v, states = self.velocity(clean + s * (noise - clean), t, context,
-                              self.latent_positions(rows, columns), frozen=frozen,
+                              self.latent_positions(h, w), frozen=frozen,
                               repa_layer=repa_layer)
     error = v.float() + clean - noise
     return (error * error).mean(dim=(1, 2)), states
@@ -659,7 +659,7 @@ def train_step(self, batch):
 
 
 def _flow(x="path(x0, eps, t)", loss="velocity_loss(v, x0, eps)", t="t", rest="frozen, repa_layer",
-          places="*self.grid(*x0.shape[2:])", states="states") -> dict:
+          places="*x0.shape[2:]", states="states") -> dict:
     return {"unix.UniX.flow_loss": f"""
 def flow_loss(self, x0, context, t, eps, frozen=True, repa_layer=0):
     position_ids = self.latent_positions({places})
@@ -748,7 +748,7 @@ WRONG = {
     "told how far it has come": _flow(t="1 - t"),
     "frozen forgotten": _flow(rest="True, repa_layer"),
     "no states": _flow(states="None"),
-    "columns for rows": _flow(places="*self.grid(*x0.shape[2:])[::-1]"),
+    "columns for rows": _flow(places="*x0.shape[2:][::-1]"),
     "the mean latent": _losses(x0='self.vae.latents(batch["moments"])'),
     "z for eps": _losses(eps='random["z"]'),
     "nothing dropped": _losses(drop="context"),
