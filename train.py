@@ -341,7 +341,7 @@ class Trainer:
                        model.read_captions([model.ids(text) for text in texts]))
             context = context.drop(random["drop"])
         if self.projector:
-            repa_layer = round(model.config.layers * REPA_DEPTH)
+            repa_layer = max(1, round(model.config.layers * REPA_DEPTH))
         flow, states = model.flow_loss(x0, context, random["time"], random["eps"], frozen,
                                        repa_layer)
         self.by_time.append((random["time"], flow.detach()))
