@@ -262,8 +262,9 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     model = UniX(small_config(layers=1, vit_layers=1))
     model.vae = VAE(ch=32, mult=[1, 1], blocks=1, attn=[], z=16, embed=16)
-    model.save(tmp_path_factory.mktemp("weights"))
-    return model, tmp_path_factory.getbasetemp() / "weights0"
+    at = tmp_path_factory.mktemp("weights")
+    model.save(at)
+    return model, at
 
 
 def places(found, at=()):
