@@ -270,6 +270,13 @@ def test_details_of_report_scores_by_hand():
     assert found["BLEU-1"] == pytest.approx(sample.bleu(truth, written)[0])
     assert found["ROUGE-L"] == pytest.approx(sample.rouge_l(truth, written))
     assert "sides right" not in sample.report_scores(["Edema."], ["Edema."])
+    for c, text in (("Atelectasis", "Atelectasis."), ("Cardiomegaly", "Cardiomegaly."),
+                    ("Consolidation", "Consolidation."), ("Edema", "Pulmonary edema."),
+                    ("Pleural Effusion", "Effusion."), ("Pneumonia", "Pneumonia."),
+                    ("Fracture", "Rib fracture.")):
+        found = sample.report_scores([text], [text])
+        five = c not in ("Pneumonia", "Fracture")           # CheXpert's five
+        assert found["micro F1-5"][0] == five and found[f"F1 {c} (1)"] == [1.0, 1.0, 1.0]
 
 
 def test_details_of_image_scores():

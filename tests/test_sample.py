@@ -136,7 +136,8 @@ def run(*words, **more):
 
 
 @pytest.mark.parametrize("line, said", [
-    ("report image.png --weights nowhere", "nowhere"), ("evaluate --samples 0", "--samples")])
+    ("report image.png --weights nowhere", "nowhere"), ("evaluate --samples 0", "--samples"),
+    ("generate fine --out none/a.png", "none/a.png cannot be written")])
 def test_the_program_ends_with_2_and_one_line(tmp_path, line, said):
     done = run(*line.split(), cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
@@ -436,10 +437,14 @@ def test_look(weights, image, tmp_path, capsys, monkeypatch):
     assert len({c.splitlines()[1] for c in captions[8:16]}) == 1        # one scale a row
     made = UniX.load(weights).generate(["Large left effusion in the lung."], seeds=[3], points=12)
     assert (cells[7] == made[0, 0].numpy()).all()
-    for row in range(8, 32, 8):         # red only on top of the last image, somewhere all of it
-        added = [c[..., 0] - c[..., 2].astype(int) for c in cells[row:row + 8]]
-        assert max(a.max() for a in added) > 100
-        assert [c.shape for c in cells[row:row + 8]] == [(48, 48, 3)] * 8
+    model = UniX.load(weights)
+    ids = model.ids("Large left effusion in the lung.")
+    _, maps = sample.caption_maps(model, ids, None, 3, points=12, shift=3.0, scale=2.0, eta=0.0)
+    steps = [0, 1, 3, 4, 6, 7, 9, 10]
+    for row, (_, at) in zip(range(8, 32, 8), sample.words(model.tokenizer, ids)):
+        heat = maps.mean(1)[steps][..., at].mean(-1)        # over the last image, one scale a row
+        want = [sample.overlay(cells[7], one / heat.max()) for one in heat]
+        assert (np.stack(want) == np.stack(cells[row:row + 8])).all()
     said = capsys.readouterr().out
     assert "12 points" in said and "seed 3" in said and said.endswith(f"wrote {out}\n")
 
@@ -449,6 +454,12 @@ def test_look(weights, image, tmp_path, capsys, monkeypatch):
     assert [c.split()[0] for c in captions] == [image, "small", "left", "effusion"]
     assert columns == 6 and [c.shape for c in cells] == [(48, 48)] + [(48, 48, 3)] * 3
     assert capsys.readouterr().out == f"Small left effusion is there.\nwrote {out}\n"
+    _, maps = sample.report_maps(model, cells[0])
+    for layer in (1, 3):
+        call(weights, "look", image, "--layer", layer, "--out", tmp_path / "b.png")
+        heat = maps[0, layer - 1][..., sample.words(model.tokenizer, model.ids(
+            "Small left effusion is there."))[2][1]].mean(-1)
+        assert (sheets[-1][0][3] == sample.overlay(cells[0], heat / heat.max())).all()
     monkeypatch.undo()
     call(weights, "look", "Large left effusion.", "--points", 3, "--layer", 2,
          "--out", tmp_path / "a.png")
