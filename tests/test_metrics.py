@@ -241,7 +241,7 @@ def test_hearts_are_measured_from_normal_to_severe():
         for text, seed in wanted.values():
             level = ("normal", "mild", "severe").index(next(
                 w for w in ("normal", "mild", "severe") if w in text))
-            level = 1 - level // 2 if seed == 1001 else level           # falls at the end
+            level = (0, 2, 1)[level] if seed == 1001 else level         # falls at the end
             grade = Finding("Cardiomegaly", severity=("", "mild", "severe")[level])
             scene = sample_scene(np.random.default_rng(seed))
             painted.append(paint(scene, (grade,) if level else (), 64))

@@ -556,17 +556,20 @@ def test_evaluate_best_of_and_a_second_reader(weights, tmp_path, monkeypatch, ca
 
     def reads(model, images, *_):
         if len(images) != 12:       # the judge gets the four that were chosen, or true images
+            others.append(model)
             return ["Nothing."] * len(images)
         sizes.append([*images])
         right = texts if len(sizes) == 1 else [*map(impression, texts)]
         return [right[i // 3] if i % 3 == 1 else "Nothing." for i in range(12)]
-    sizes = []
+    sizes, others = [], []
     monkeypatch.setattr(sample, "read", reads)
     monkeypatch.setattr(sample.Evaluation, "hearts", lambda self: {})
     sheets = {}
     monkeypatch.setattr(sample, "sheet", lambda *how: sheets.update({how[-1].name: how}))
     call(weights, "evaluate", "--out", tmp_path / "e", "--samples", 4, "--points", 3, "--best-of",
          3, "--judge", tmp_path / "judge")
+    assert len(others) == 3 and others[0] is not others[1] is others[2]
+    assert torch.equal(others[1].lm.lm_head.weight, model.lm.lm_head.weight)
     metrics = json.loads((tmp_path / "e" / "metrics.json").read_text())
     for kind in ("reports", "impressions"):
         table = metrics[f"round trip of {kind}: generated images read back"]
