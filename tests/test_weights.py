@@ -60,6 +60,15 @@ def test_the_layout_of_a_written_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"]     # no temporary file is left
 
 
+def test_tensors_at_odd_offsets_are_read(tmp_path):
+    """Other programs need not pad the header: then no tensor lies at a multiple of its size."""
+    text = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    for pad in range(4):
+        raw = (len(text) + pad).to_bytes(8, "little") + text + b" " * pad
+        (tmp_path / "a.safetensors").write_bytes(raw + np.float32([1, 2]).tobytes())
+        assert read_safetensors(tmp_path / "a.safetensors")["a"].tolist() == [1, 2]
+
+
 def broken(header: dict | bytes, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return len(text).to_bytes(8, "little") + text + data
