@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from diffusion import (VAE, guide, path, position_ids, position_table, sample, sample_time,
-                       shift_time, target, time_features, to_latents, to_tokens, to_uint8,
-                       velocity_loss)
+from diffusion import (VAE, guide, path, position_ids, position_table, repa_loss, sample,
+                       sample_time, shift_time, target, time_features, to_latents, to_tokens,
+                       to_uint8, velocity_loss)
 
 
 def test_time_convention():
@@ -132,6 +132,25 @@ def test_loss_is_the_mean_square_of_the_velocity_error():
     torch.testing.assert_close(loss, torch.full((2,), 0.25))
 
 
+def test_repa_compares_what_lies_at_the_same_place():
+    """A teacher's 4 x 4 features, no two alike, against states on 2 x 2, 4 x 4 and 8 x 8: the best
+    states are the means of squares, the features, and features between which one interpolates."""
+    features = torch.randn(1, 16, 8)
+    grid = features.view(4, 4, 8)
+    means = grid.view(2, 2, 2, 2, 8).mean((1, 3)).reshape(1, 4, 8)
+    torch.testing.assert_close(repa_loss(means, features, (2, 2)), torch.tensor([-1.0]))
+    torch.testing.assert_close(repa_loss(3 * features, features, (4, 4)), torch.tensor([-1.0]))
+    turned = grid.transpose(0, 1).reshape(1, 16, 8)
+    assert repa_loss(turned, features, (4, 4)) > -0.9
+    corner = grid[:2, :2].mean((0, 1))          # weights 1/4 and 3/4 a side, at row 1, column 1
+    inner = (9 * grid[0, 0] + 3 * grid[0, 1] + 3 * grid[1, 0] + grid[1, 1]) / 16
+    states = torch.zeros(1, 64, 8)
+    states[0, 8 + 1] = inner
+    assert abs(64 * repa_loss(states, features, (8, 8)) + 1) < 1e-4
+    states[0, 8 + 1] = corner
+    assert 64 * repa_loss(states, features, (8, 8)) > -0.999
+
+
 def test_time_features_and_position_table_by_hand():
     f = time_features(torch.tensor([0.5]), 4)
     want = [math.cos(0.5), math.cos(0.005), math.sin(0.5), math.sin(0.005)]
@@ -175,6 +194,8 @@ def test_vae_shapes_units_and_sampling(vae):
     want = 0.7 * (mean + eps * (logvar / 2).exp() - 0.1)
     torch.testing.assert_close(vae.latents(moments, eps), want)
     images = vae.decode(vae.latents(moments))
+    wild = torch.cat([mean, torch.full_like(mean, 10.0)], dim=1)        # within [-30, 20]
+    torch.testing.assert_close(vae.latents(wild, eps), 0.7 * (mean + eps * math.exp(5) - 0.1))
     assert images.shape == (2, 3, 16, 24)
     torch.testing.assert_close(images, vae.decoder(vae.post_quant_conv(mean)))
 
@@ -189,6 +210,8 @@ def test_a_new_autoencoder_starts_with_orthogonal_convolutions_and_empty_residua
     for conv in (vae.encoder.conv_in, vae.encoder.conv_out, vae.decoder.conv_in, vae.quant_conv):
         s = torch.linalg.svdvals(conv.weight.flatten(1))
         torch.testing.assert_close(s, torch.ones_like(s), atol=1e-4, rtol=0)
+    mean, logvar = vae.moments(torch.randn(2, 3, 8, 8)).chunk(2, dim=1)
+    assert abs(logvar.mean() + 8) < 0.5 and mean.std() > 0.1        # a sample is near its mean
     x = torch.randn(2, 64, 4, 4)
     for part in vae.encoder.mid.values():
         assert torch.equal(part(x), x)

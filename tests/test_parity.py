@@ -1,6 +1,7 @@
 """The official code's numbers, and that the comparison can fail."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -38,6 +39,17 @@ def test_rad_dino_equals_the_reference_at_two_sizes():
         got = model(torch.from_numpy(want[f"image_{size}"]))
         torch.testing.assert_close(got, torch.from_numpy(want[f"last_hidden_state_{size}"]),
                                    atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_rad_dino_tells_the_image_from_its_patches():
+    """The class token comes first: it is the summary, the patches in raster order are the rest."""
+    model = load_rad_dino(GOLDEN / "dinov2")
+    images = torch.randint(0, 256, (2, 30, 30), dtype=torch.uint8)
+    states = model(model.prepare(images))
+    assert torch.equal(model.summary(images), states[:, 0])
+    assert torch.equal(model.patches(images), states[:, 1:])
+    assert math.isqrt(states.shape[1] - 1) ** 2 == states.shape[1] - 1
 
 
 def test_rad_dino_reads_older_names(tmp_path):

@@ -311,6 +311,7 @@ def test_report_loss_function_ignores_what_has_no_label():
     hidden[0, 0] += 100
     torch.testing.assert_close(report_loss(hidden, head, labels)[0], total)
     assert count == 2
+    assert report_loss(hidden, head, labels.clamp(max=0))[1] == 2       # id 0 is a token as others
 
 
 def test_the_paper_preset_builds_on_the_meta_device():
