@@ -15,7 +15,6 @@ import argparse
 import copy
 import ctypes
 import hashlib
-import io
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from pathlib import Path
 CAPTION_DROPOUT = 0.1       # share of captions that are dropped, for guidance (released code)
 SHORT_CAPTIONS = 0.25       # share of captions that are cut to their impression (ours)
 REPA_DEPTH = 8 / 24         # REPA takes the states after this share of the layers (Sec. 3.4)
+BRANCHES = "understanding", "generation", "vae"
 
 
 @dataclass
@@ -93,30 +93,25 @@ class Options:
     data: str = option("phantom", "phantom (painted X-rays, no download) or a data folder")
     out: str = option(None, "weights folder to write and to resume (default: runs/NAME)")
     preset: str = option("tiny", "tiny (a laptop) or unix (the paper)", choices=tuple(STAGES))
-    weights: str = option(None, "weights folder to start from: UniX, Janus-Pro, or a run of yours",
-                          stages=(1, 2, 3))
-    vae: str = option(None, "autoencoder to use instead of stage 0's: CompVis .ckpt or "
-                      ".safetensors", stages=(1, 2, 3))
+    weights: str = option(None, "folder to start from: UniX, Janus-Pro, your run", stages=(1, 2, 3))
+    vae: str = option(None, "autoencoder: CompVis .ckpt or .safetensors (default: stage 0's)",
+                      stages=(1, 2, 3))
     steps: int = option(None, "optimizer steps (default: see --plan)", 1)
     batch_size: int = option(None, "images a step, over all processes", 1)
-    accumulate: int = option(1, "parts of a batch, one after the other: same result, less memory",
-                             1)
+    accumulate: int = option(1, "parts of a batch, in turn: same result, less memory", 1)
     lr: float = option(None, "learning rate", 1e-12)
     repa_weight: float = option(None, "weight of REPA's loss (default: 0.5)", 0, stages=(2,))
-    repa_teacher: str = option(None, "RAD-DINO folder, REPA's teacher (default: the model's own "
-                               "image encoder)", stages=(2,))
+    repa_teacher: str = option(None, "RAD-DINO folder (default: our image encoder)", stages=(2,))
     train: str = option("own", "own: the stage's branch alone; both: Table 5", stages=(2, 3),
                         choices=("own", "both"))
     mix: str = option("1:1", "with --train both: images to read : images to generate",
                       stages=(2, 3), choices=("1:1", "1:2", "1:4", "0:1"))
-    images: int = option(None, "number of images to learn from (default: all; tiny: 8192 phantoms)",
-                         1, stages=(2, 3))
-    share_layers: int = option(0, "number of first layers that both branches share", 0,
-                               stages=(1, 2))
+    images: int = option(None, "images to learn from (default: all; tiny: 8192 phantoms)", 1,
+                         stages=(2, 3))
+    share_layers: int = option(0, "first layers that the branches share", 0, stages=(1, 2))
     no_context: bool = option(False, "cut the joint attention: latents see no text", stages=(2, 3))
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "fp32", "bf16"))
-    checkpointing: bool = option(False, "recompute activations: less memory, more time",
-                                 stages=(1, 2, 3))
+    checkpointing: bool = option(False, "less memory, more time", stages=(1, 2, 3))
     workers: int = option(0, "processes that load images", 0, 256)
     save_every: int = option(200, "steps between checkpoints", 1)
     sheet_every: int = option(500, "steps between sample sheets", 1)
@@ -151,17 +146,13 @@ def parse(argv=None) -> Options:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawTextHelpFormatter)
     for f in fields(Options):
-        text, more = f.metadata["help"], {"choices": f.metadata["choices"]}
-        if f.type is bool:
-            more = {"action": "store_true"}
-        else:
-            more.update(type=f.type, default=f.default)
-            text += "" if f.default is None else f" (default: {f.default})"
-        parser.add_argument("--" + f.name.replace("_", "-"), help=text, **more)
+        how = {"type": f.type, "default": f.default, "choices": f.metadata["choices"]}
+        shown = f" (default: {f.default})" if f.default not in (None, False) else ""
+        parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown,
+                            **{"action": "store_true"} if f.type is bool else how)
     options = Options(**vars(parser.parse_args(argv)))
-    problem = options.problem()
-    if problem:
-        parser.error(problem)
+    if options.problem():
+        parser.error(options.problem())
     return options
 
 
@@ -195,13 +186,12 @@ class Trainer:
         self.options, self.stage, self.model, self.data = options, stage, model, data
         self.procs, self.out, self.device = procs, out, procs.device
         self.file, self.step, self.saved_step = out / f"stage{options.stage}.pt", 0, 0
-        self.waiting, self.by_time = False, []              # for a batch; flow losses and times
-        self.vae = model if stage.trains == "vae" else model.vae
+        self.waiting, self.stop = False, torch.zeros((), device=self.device)    # for a batch; soon
+        self.by_time, self.both = [], options.train == "both"   # flow losses and times; Table 5
+        self.vae, self.captions, self.projector = model, None, None
         self.weights = digest(model) if options.weights else ""     # what it starts from
-        self.both = options.train == "both"
-        self.projector, self.captions, self.stop = None, None, torch.zeros((), device=self.device)
         if stage.trains != "vae":
-            self.captions = CaptionCache(model)
+            self.vae, self.captions = model.vae, CaptionCache(model)
             model.lm.tower.checkpointing = options.checkpointing
         self.trainable = self.freeze_all_but(stage.trains)
         self.shown = self.averaged_copy() if stage.ours.ema else model
@@ -398,17 +388,16 @@ class Trainer:
             return batches(data, self.stage.batch, self.options.seed, step, self.options.workers,
                            self.procs.rank, self.procs.world)
         if self.stage.trains != "vae":
-            yield from start(self.data, self.step)
+            return start(self.data, self.step)
         large = self.step // 16
         small, large = start(self.data[0], self.step - large), start(self.data[1], large)
-        for step in range(self.step, self.stage.steps):
-            yield next(large if step % 16 == 15 else small)
+        return (next(large if k % 16 == 15 else small) for k in range(self.step, self.stage.steps))
 
     def fit(self):
         """Trains to the last step. Ctrl-C, SIGTERM, a full disk, a dead loader process: what was
         learned is saved first. Raises Stopped and UserError."""
-        handlers = {kind: signal.signal(kind, self.interrupt)
-                    for kind in (signal.SIGINT, signal.SIGTERM)}
+        kinds = signal.SIGINT, signal.SIGTERM
+        handlers = [signal.signal(kind, self.interrupt) for kind in kinds]
         try:
             self.loop()
         except NotFinite:
@@ -421,7 +410,7 @@ class Trainer:
         except KeyboardInterrupt:           # while it waited for a batch
             pass
         finally:
-            for kind, handler in handlers.items():
+            for kind, handler in zip(kinds, handlers):
                 signal.signal(kind, handler)
         if self.step < self.stage.steps:
             self.save_checkpoint()
@@ -434,11 +423,9 @@ class Trainer:
             raise KeyboardInterrupt
 
     def loop(self):
-        o, s, first = self.options, self.stage, self.procs.rank == 0
+        o, s, first, stream = self.options, self.stage, self.procs.rank == 0, self.stream()
         log = Log(self.out / "log.jsonl", o.stage) if first else None
-        stream = self.stream()
-        with progress(s.steps, initial=self.step, desc=f"stage {o.stage}", unit="step",
-                      disable=not first) as bar:
+        with progress(s.steps, f"stage {o.stage}", "step", first, initial=self.step) as bar:
             while self.step < s.steps and not self.procs.total(self.stop):
                 self.waiting = True
                 batch = next(stream)
@@ -448,8 +435,8 @@ class Trainer:
                 bar.update()
                 last = self.step == s.steps
                 if first:
-                    rate = {"lr": s.lr * self.rate(self.step - 1)}
-                    log.add(self.step, logged | rate, self.by_time, last)
+                    logged["lr"] = s.lr * self.rate(self.step - 1)
+                    log.add(self.step, logged, self.by_time, last)
                 if last or self.step % o.save_every == 0:
                     self.save_checkpoint()
                 if first and (last or self.step % o.sheet_every == 0):
@@ -475,8 +462,7 @@ class Trainer:
             shown = open_data(self.options.data, "val", size)
         except UserError:                           # there are no validation images
             shown = open_data(self.options.data, "train", size)
-        samples = [shown[i] for i in range(min(8, len(shown)))]
-        images = torch.from_numpy(np.stack([s["image"] for s in samples])).to(self.device)
+        samples, images = first_images(shown, 8, self.device)
         if self.stage.trains == "vae":
             mean = model.moments(vae_pixels(images)).chunk(2, dim=1)[0]
             back = to_uint8(model.decoder(model.post_quant_conv(mean)))[:, 0].cpu().numpy()
@@ -491,11 +477,10 @@ class Trainer:
     def settings(self) -> dict:
         """What must not change between the starts of a stage."""
         o, s = self.options, self.stage
-        found = {k: getattr(o, k) for k in ("data", "preset", "accumulate", "train", "mix",
-                                            "share_layers", "no_context", "seed", "repa_teacher")}
-        found |= {"steps": s.steps, "batch": s.batch, "lr": s.lr, "repa_weight": s.repa_weight}
-        if s.trains == "generation":
-            found["vae"] = digest(self.vae)
+        names = "data preset accumulate train mix share_layers no_context seed repa_teacher"
+        found = {k: getattr(o, k) for k in names.split()} | {
+            "steps": s.steps, "batch": s.batch, "lr": s.lr, "repa_weight": s.repa_weight}
+        found |= {"vae": digest(self.vae)} if s.trains == "generation" else {}
         return found | ({"weights": self.weights} if o.weights else {})
 
     def save_checkpoint(self):
@@ -524,8 +509,7 @@ class Trainer:
         """Writes the weights folder. Stage 0 first sets the mean and scale of its latents."""
         if self.stage.trains != "vae":
             return self.shown.save(self.out)
-        samples = [self.data[0][i] for i in range(min(128, len(self.data[0])))]
-        images = torch.from_numpy(np.stack([s["image"] for s in samples])).to(self.device)
+        _, images = first_images(self.data[0], 128, self.device)
         mean, logvar = self.shown.moments(vae_pixels(images)).chunk(2, dim=1)
         self.shown.latent_mean = float(mean.mean())
         self.shown.scale = float((mean.var() + logvar.clamp(-30, 20).exp().mean()).rsqrt())
@@ -567,6 +551,12 @@ def pick_rows(batch: dict, rows: Tensor) -> dict:
             for k, v in batch.items()}
 
 
+def first_images(data, count: int, device) -> tuple[list[dict], Tensor]:
+    """The first samples of a data set, and their images, uint8 (b, size, size)."""
+    samples = [data[i] for i in range(min(count, len(data)))]
+    return samples, torch.from_numpy(np.stack([s["image"] for s in samples])).to(device)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum whose update is made nearly orthogonal (Jordan et al. 2024), for matrices and
     convolutions. In fp32: torch.optim.Muon uses bf16, which many CPUs emulate, and no convolutions.
@@ -605,12 +595,12 @@ class NotFinite(UserError):
     """A loss or gradient became infinite or NaN; this step must not be saved."""
 
 
-def progress(total: int, **how) -> tqdm:
+def progress(total: int, name: str, unit: str, shown: bool, initial=0) -> tqdm:
     """A bar on a terminal; elsewhere a line every 30 seconds."""
-    if not sys.stderr.isatty():
-        line = "{desc} {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left{postfix}\n"
-        how |= {"bar_format": line, "mininterval": 30, "maxinterval": 30, "miniters": 1}
-    return tqdm(total=total, **how)
+    line = "{desc} {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left{postfix}\n"
+    how = {} if sys.stderr.isatty() else {
+        "bar_format": line, "mininterval": 30, "maxinterval": 30, "miniters": 1}
+    return tqdm(total=total, desc=name, unit=unit, disable=not shown, initial=initial, **how)
 
 
 def read_checkpoint(file: Path, device="cpu") -> dict:
@@ -634,24 +624,22 @@ class Log:
         self.clear()
 
     def clear(self):
-        self.sums, self.n, self.bins = {}, 0, [[] for _ in range(10)]
-        self.begin = time.perf_counter()
+        self.values, self.by_time, self.begin = [], [], time.perf_counter()
 
     def add(self, step: int, values: dict, by_time: list, last=False):
         """by_time: pairs of times (b,) and flow losses (b,)."""
-        for k, v in values.items():
-            self.sums[k] = self.sums.get(k, 0) + v
-        for times, losses in by_time:
-            for t, v in zip(times.tolist(), losses.tolist()):
-                self.bins[min(int(t * 10), 9)].append(v)
-        self.n += 1
+        self.values.append(values)
+        self.by_time += by_time
         if step % 20 and not last:
             return
         row = {"stage": self.stage, "step": step,
-               "steps_per_s": self.n / (time.perf_counter() - self.begin),
-               **{k: v / self.n for k, v in self.sums.items()}}
-        if any(self.bins):      # flow loss for each tenth of t
-            row["flow_by_t"] = [sum(b) / len(b) if b else None for b in self.bins]
+               "steps_per_s": len(self.values) / (time.perf_counter() - self.begin)}
+        for k in dict.fromkeys(k for values in self.values for k in values):
+            row[k] = sum(values.get(k, 0) for values in self.values) / len(self.values)
+        if self.by_time:        # flow loss for each tenth of t
+            t, loss = (torch.cat(x).cpu() for x in zip(*self.by_time))
+            tenths = [loss[(t * 10).long().clamp(max=9) == k].double() for k in range(10)]
+            row["flow_by_t"] = [x.mean().item() if len(x) else None for x in tenths]
         with open(self.file, "a") as f:
             f.write(self.before + json.dumps(row) + "\n")
         self.before = ""
@@ -705,7 +693,7 @@ def plot_curves(rows: list[dict], file: Path):
 
 class CaptionCache:
     """A memo of what the frozen understanding branch has read: the keys and values of captions, in
-    fp16 (ours). On a CPU captions are read one by one, so that none changes another's last bits."""
+    fp16 (ours). Captions are read one by one, so that none changes another's last bits."""
 
     def __init__(self, model: UniX, room=2**30):
         """`room`: bytes to keep; captions that find none are read again and again."""
@@ -718,25 +706,20 @@ class CaptionCache:
         """Captions -> their Context."""
         if self.large:
             return self.model.read_captions([self.model.ids(text) for text in texts])
-        new, fresh = [text for text in dict.fromkeys(texts) if text not in self.kept], {}
-        for some in [[text] for text in new] if self.model.device.type == "cpu" else [new]:
-            fresh |= self.read(some) if some else {}
-        rows = [self.kept[text] if text in self.kept else fresh[text] for text in texts]
+        found = {text: self.kept[text] if text in self.kept else self.read(text) for text in texts}
+        rows = [found[text] for text in texts]
         length = torch.tensor([len(row) for row in rows], device=self.model.device)
         kv = nn.utils.rnn.pad_sequence(rows, True).float().permute(2, 3, 0, 4, 1, 5)
         return Context([*map(tuple, kv)], length, length, len({*map(len, rows)}) > 1)
 
-    def read(self, texts: list[str]) -> dict[str, Tensor]:
-        """Captions -> keys and values of each, (l, layers, 2, g, k); keeps what there is room for.
-        """
-        context, fresh = self.model.read_captions([self.model.ids(text) for text in texts]), {}
-        kv = torch.stack([torch.stack(pair) for pair in context.kv])    # (layers, 2, b, g, l, k)
-        for text, row, n in zip(texts, kv.permute(2, 4, 0, 1, 3, 5).half(),
-                                context.length.tolist()):
-            fresh[text] = row[:n].clone()
-            if fresh[text].nbytes <= self.room:
-                self.kept[text], self.room = fresh[text], self.room - fresh[text].nbytes
-        return fresh
+    def read(self, text: str) -> Tensor:
+        """A caption -> its keys and values, fp16 (l, layers, 2, g, k); kept while there is room."""
+        pairs = self.model.read_captions([self.model.ids(text)]).kv     # of each layer (1, g, l, k)
+        row = torch.stack([torch.stack(pair) for pair in pairs])[:, :, 0].permute(3, 0, 1, 2, 4)
+        row = row.half().contiguous()
+        if row.nbytes <= self.room:
+            self.kept[text], self.room = row, self.room - row.nbytes
+        return row
 
 
 class LatentCache:
@@ -758,14 +741,13 @@ class LatentCache:
         try:
             known = json.loads(about.read_text())
             self.open_maps()
+            if begun or known["origin"] == origin:
+                self.texts = known["texts"]
+                return
         except (OSError, ValueError):
-            known = {}
-        if known and (begun or known["origin"] == origin):
-            self.texts = known["texts"]
-            return
-        if not procs.rank:
-            for old in self.stem.parent.glob(f"{self.stem.name}.*"):
-                old.unlink()
+            pass
+        for old in () if procs.rank else self.stem.parent.glob(f"{self.stem.name}.*"):
+            old.unlink()
         procs.gather(None)                                  # all wait until the old files are gone
         try:
             texts = self.compute(model, teacher, procs, workers)
@@ -783,10 +765,9 @@ class LatentCache:
         """Writes the share of this process -> the [report, caption] of its images."""
         first, last = (self.count * (procs.rank + i) // procs.world for i in (0, 1))
         chunks = ([*range(i, min(i + 8, last))] for i in range(first, last, 8))
-        texts, files = [], {}                               # 8 images fit a CPU's caches
-        with progress(last - first, desc=f"latents at {self.source.size} px", unit="image",
-                      disable=procs.rank > 0) as bar:
-            for samples in load(self.source, chunks, workers, 2):
+        texts, files, name = [], {}, f"latents at {self.source.size} px"
+        with progress(last - first, name, "image", not procs.rank) as bar:
+            for samples in load(self.source, chunks, workers, 2):   # 8 images fit a CPU's caches
                 self.source.account(samples)
                 images = np.stack([s["image"] for s in samples])
                 images = torch.from_numpy(images).to(model.device)
@@ -805,18 +786,16 @@ class LatentCache:
     def create(self, kind: str, shape: tuple, first: int):
         """A .npy file of fp16, open for writing from row `first` on. Plain writes instead of a
         memory map: a full disk is then an error that can be caught."""
-        header = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            header, {"descr": "<f2", "fortran_order": False, "shape": shape})
         file = open(os.open(f"{self.stem}.{kind}.npy", os.O_RDWR | os.O_CREAT, 0o666), "r+b")
-        file.write(header.getvalue())
+        np.lib.format.write_array_header_1_0(
+            file, {"descr": "<f2", "fortran_order": False, "shape": shape})
         file.seek(first * 2 * math.prod(shape[1:]), os.SEEK_CUR)
         return file
 
     def open_maps(self):
-        self.maps = {kind: np.load(f"{self.stem}.{kind}.npy", mmap_mode="r")
-                     for kind in ("moments", "features")
-                     if kind == "moments" or os.path.exists(f"{self.stem}.{kind}.npy")}
+        files = {kind: f"{self.stem}.{kind}.npy" for kind in ("moments", "features")}
+        self.maps = {kind: np.load(file, mmap_mode="r") for kind, file in files.items()
+                     if kind == "moments" or os.path.exists(file)}
 
     def account(self, samples: list):
         """Nothing can be broken here any more."""
@@ -859,28 +838,24 @@ class Processes:
 
     def together(self, operation, *args):
         try:
-            return operation(*args)
+            return operation(*args) if self.world > 1 else None
         except RuntimeError as e:
             raise UserError("another process of this run ended, so this one ends too "
                             f"({str(e).splitlines()[0][:80]})") from None
 
     def total(self, x: Tensor) -> Tensor:
         """Sum of a tensor over the processes, in place."""
-        if self.world > 1:
-            self.together(dist.all_reduce, x)
+        self.together(dist.all_reduce, x)
         return x
 
     def sum_gradients(self, parameters):
         for p in parameters if self.world > 1 else ():
-            if p.grad is None:              # this process's rows did not use it
-                p.grad = torch.zeros_like(p)
-            self.total(p.grad)
+            p.grad = self.total(torch.zeros_like(p) if p.grad is None else p.grad)
 
     def gather(self, value) -> list:
         """The value of each process, for all of them."""
         found = [value] * self.world
-        if self.world > 1:
-            self.together(dist.all_gather_object, found, value)
+        self.together(dist.all_gather_object, found, value)
         return found
 
 
@@ -913,102 +888,96 @@ def share(model: UniX, layers: int):
 
 def require(options: Options, out: Path, stage: int, instead: str):
     """UserError unless a stage has been finished in `out`; `instead`: the flag that replaces it."""
-    file, tail = out / f"stage{stage}.pt", "".join(
-        f" --{k} {getattr(options, k)}" for k in ("data", "out", "preset")
-        if getattr(options, k) != getattr(Options(), k))
-    command = f"python train.py --stage {stage}{tail}"
-    if not file.exists():
-        raise UserError(f"{out} has not been through stage {stage}; first run: {command} (or give "
-                        f"{instead})")
-    if "trainable" in read_checkpoint(file):
-        raise UserError(f"stage {stage} in {out} is not finished; run: {command} (or give "
-                        f"{instead})")
+    file = out / f"stage{stage}.pt"
+    if file.exists() and "trainable" not in read_checkpoint(file):
+        return
+    same = "".join(f" --{k} {getattr(options, k)}" for k in ("data", "out", "preset")
+                   if getattr(options, k) != getattr(Options, k))
+    found = (f"stage {stage} in {out} is not finished; run" if file.exists() else
+             f"{out} has not been through stage {stage}; first run")
+    raise UserError(f"{found}: python train.py --stage {stage}{same} (or give {instead})")
 
 
 def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Trainer:
     """Data and model of a stage. Raises UserError where something it needs is not there."""
     o, k = options, options.stage
+    begun, own_vae = ((out / f"stage{i}.pt").exists() for i in (k, 0))
     if k == 0:
-        data = [open_data(o.data, "train", stage.pixels * i) for i in (1, 2)]
         torch.manual_seed(o.seed)
+        model = VAE(**PRESETS[o.preset].vae).to(procs.device)
+        data = [open_data(o.data, "train", stage.pixels * i) for i in (1, 2)]
         out.mkdir(parents=True, exist_ok=True)
-        return Trainer(o, stage, VAE(**PRESETS[o.preset].vae).to(procs.device), data, procs, out)
+        return Trainer(o, stage, model, data, procs, out)
     if k > 1 and not o.weights:
         require(o, out, k - 1, "--weights")
     data = open_data(o.data, "train", stage.pixels, "report" if k == 1 else "image")
     model = initial_model(o, out, data).to(procs.device)
     if o.data != "phantom":
         model.config.taught_on = "data"
-    trained_on = digest(model.vae) if model.llm2vae.weight.any() else ""
+    taught_latents = model.llm2vae.weight.any() and digest(model.vae)
     if o.vae:
         model.vae = load_vae(o.vae).to(procs.device)
-    begun = (out / f"stage{k}.pt").exists()
     if k == 2 and not begun:
         model.copy_tower()
     share(model, o.share_layers)
     if k == 1:
         data.size = model.config.vit_image
-    else:
-        own = not o.vae and not o.weights and (out / "stage0.pt").exists()
-        if model.vae is None or own:
-            require(o, out, 0, "--vae")
-        if k == 3 and digest(model.vae) != trained_on:
-            raise UserError("stage 3 needs a generation tower that was taught the latents of this "
-                            "autoencoder; leave --vae out, or run stage 2 with it first")
-        if k == 2 and not begun:
-            model.resize_projections()
-        model.config.resolution, model.config.no_context = stage.pixels, o.no_context
-        model.latent_rows(stage.pixels)                 # an error if tokens do not divide it
-        teacher = model.vit if stage.repa_weight else None
-        if teacher and o.repa_teacher:
-            teacher = load_rad_dino(o.repa_teacher).to(procs.device)
-        images = open_data(o.data, "train", model.config.vit_image) if o.train == "both" else None
         out.mkdir(parents=True, exist_ok=True)
-        count = min(len(data), stage.ours.images or len(data))
-        data = LatentCache(data, count, out, images)
-        data.fill(model, teacher, procs, o.workers, begun)
+        return Trainer(o, stage, model, data, procs, out)
+    if model.vae is None or own_vae and not (o.vae or o.weights):
+        require(o, out, 0, "--vae")
+    if k == 3 and digest(model.vae) != taught_latents:
+        raise UserError("stage 3 needs a generation tower that was taught the latents of this "
+                        "autoencoder; leave --vae out, or run stage 2 with it first")
+    if k == 2 and not begun:
+        model.resize_projections()
+    model.config.resolution, model.config.no_context = stage.pixels, o.no_context
+    model.latent_rows(stage.pixels)                 # an error if tokens do not divide it
+    teacher = model.vit if stage.repa_weight else None
+    if teacher and o.repa_teacher:
+        teacher = load_rad_dino(o.repa_teacher).to(procs.device)
+    images = open_data(o.data, "train", model.config.vit_image) if o.train == "both" else None
     out.mkdir(parents=True, exist_ok=True)
-    return Trainer(o, stage, model, data, procs, out)
+    latents = LatentCache(data, min(len(data), stage.ours.images or len(data)), out, images)
+    latents.fill(model, teacher, procs, o.workers, begun)
+    return Trainer(o, stage, model, latents, procs, out)
 
 
 def run(options: Options, procs: Processes | None = None):
     """Runs a stage, or prints its plan. Raises UserError, and Stopped after Ctrl-C."""
     if options.problem():
         raise UserError(options.problem())
-    stage = STAGES[options.preset][options.stage]
-    chosen = {"steps": options.steps, "batch": options.batch_size, "lr": options.lr,
-              "repa_weight": options.repa_weight}
-    ours = replace(stage.ours, images=options.images or stage.ours.images,
-                   muon=stage.ours.muon * (options.lr or stage.lr) / stage.lr)
+    o, stage = options, STAGES[options.preset][options.stage]
+    chosen = {"steps": o.steps, "batch": o.batch_size, "lr": o.lr, "repa_weight": o.repa_weight}
+    ours = replace(stage.ours, images=o.images or stage.ours.images,
+                   muon=stage.ours.muon * (o.lr or stage.lr) / stage.lr)
     stage = replace(stage, ours=ours, **{k: v for k, v in chosen.items() if v is not None})
-    if options.accumulate > stage.batch:
-        raise UserError(f"--accumulate {options.accumulate}: a batch has only {stage.batch} images")
-    if options.plan:
-        return plan(options, stage)
+    if o.accumulate > stage.batch:
+        raise UserError(f"--accumulate {o.accumulate}: a batch has only {stage.batch} images")
+    if o.plan:
+        return plan(o, stage)
     procs = procs or Processes()
-    if options.train == "both" and procs.world > 1:
+    if o.train == "both" and procs.world > 1:
         raise UserError("--train both runs in one process: start it without torchrun")
-    out = Path(options.out or f"runs/{Path(options.data).resolve().name}")
-    trainer = set_up(options, stage, procs, out)
+    out = Path(o.out or f"runs/{Path(o.data).resolve().name}")
+    trainer = set_up(o, stage, procs, out)
     if trainer.resume():
-        print(f"stage {options.stage} in {out} is finished ({trainer.step} steps)")
-        return
+        return print(f"stage {o.stage} in {out} is finished ({trainer.step} steps)")
     if not procs.rank and stage.trains != "vae":
-        print(overview(trainer.model, options, stage, procs.world, trainer.bf16), flush=True)
+        print(overview(trainer.model, o, stage, procs.world, trainer.bf16), flush=True)
     trainer.fit()
 
 
 def memory(model: UniX, options: Options, stage: Stage, rows: int, bf16: bool) -> dict[str, float]:
     """GiB of a training step of `rows` images, by part. The bytes that a token keeps in a layer for
     the backward pass were measured (tests/test_lab.py; in bf16 on an H200)."""
-    c, branches = model.config, {k: sum(p.numel() for p in model.branch(k).values())
-                                 for k in ("understanding", "generation", "vae")}
-    trained = branches[stage.trains] + (branches["understanding"] if options.train == "both" else 0)
+    c, both = model.config, options.train == "both"
+    branches = {k: sum(p.numel() for p in model.branch(k).values()) for k in BRANCHES}
+    trained = branches[stage.trains] + both * branches["understanding"]
     image, latents, text = tokens_a_sample(model, stage)
     layer = 8 * c.mlp + 36 * c.width if bf16 else 16 * c.mlp + 60 * c.width
     patch = 4 * c.vit_mlp + 20 * c.vit_width if bf16 else 8 * c.vit_mlp + 32 * c.vit_width
-    reads = stage.trains == "understanding" or options.train == "both"
-    writes = stage.trains == "generation"
+    reads, writes = stage.trains == "understanding" or both, stage.trains == "generation"
     lm = (image + text) * reads + latents * writes
     kept = c.layers * lm * layer + reads * (c.vit_layers * image * patch + 10 * text * c.vocab)
     if options.checkpointing:                       # the inputs of all layers, and one layer whole
@@ -1040,29 +1009,27 @@ def plan(options: Options, stage: Stage):
                               os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2**30
     print(overview(model, options, stage, world, bf16))
     for checkpointing in (False, True) if options.stage else (False,):
-        o = replace(options, checkpointing=checkpointing)
-        parts, share = memory(model, o, stage, 1, bf16), stage.batch // world
+        parts = memory(model, replace(options, checkpointing=checkpointing), stage, 1, bf16)
         rows = int((room - sum(parts.values())) // parts["activations"] + 1)    # that fit at once
-        fits = f"--accumulate {-(-share // rows)}" if rows > 0 else "too large"
+        fits = f"--accumulate {-(-(stage.batch // world) // rows)}" if rows > 0 else "too large"
         print(f"  in {room:.1f} GiB a process, {'with' if checkpointing else 'without'} "
               f"--checkpointing: {fits}")
     image, latents, text = tokens_a_sample(model, stage)
     tokens = {"understanding": image + text, "generation": latents}.get(stage.trains, 0)
-    total = tokens * stage.batch * stage.steps
-    print(f"  {total / 1e9:.2f} G tokens" + (
-        f": {total / options.rate / 86400:.1f} days at {options.rate:g} tokens/s" if options.rate
-        else " (days: give --rate TOKENS_PER_S)"))
+    total, rate = tokens * stage.batch * stage.steps, options.rate
+    days = (f": {total / rate / 86400:.1f} days at {rate:g} tokens/s" if rate else
+            " (days: give --rate TOKENS_PER_S)")
+    print(f"  {total / 1e9:.2f} G tokens{days}")
 
 
 def overview(model: UniX, options: Options, stage: Stage, world: int, bf16: bool) -> str:
     """What a stage trains and freezes, tokens a sample, memory, steps, the first loss."""
     lines = [f"stage {options.stage}: {stage.steps:,} steps of {stage.batch} images at "
              f"{stage.pixels} px, {'bf16' if bf16 else 'fp32'}, {world} process(es)"]
-    for name in ("understanding", "generation", "vae"):
-        n = sum(p.numel() for p in model.branch(name).values())
+    for name in BRANCHES:
+        n = sum(p.numel() for p in model.branch(name).values()) / 1e6
         trained = name == stage.trains or options.train == "both" and name != "vae"
-        lines.append(f"  {name:14}{n / 1e6:9.2f} M parameters, "
-                     + ("trained" if trained else "frozen"))
+        lines.append(f"  {name:14}{n:9.2f} M parameters, {'trained' if trained else 'frozen'}")
     image, latents, text = tokens_a_sample(model, stage)
     lines.append(f"  tokens a sample: {image} image, {latents} latents, about {text} text")
     parts = memory(model, options, stage, -(-stage.batch // options.accumulate // world), bf16)
