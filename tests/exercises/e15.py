@@ -86,8 +86,9 @@ HINTS = (
     "`torch.arange(b).chunk(accumulate)`; everything else after it. `average.lerp_(weight, 1 - "
     "decay)`.",
 )
-SEES = ("The loss by tenth of t falls from 1 and is lowest in the middle; eight chests, of which "
-        "the two with a large heart and the two with an effusion can be told.")
+SEES = ("The loss by tenth of t: high near the image, low near noise, and falling everywhere. Eight "
+        "chests that one recognises; large effusions are there, their side not always the right "
+        "one yet.")
 
 
 # ---------------------------------------------------------------- flow_loss
@@ -317,7 +318,8 @@ def check_sums(lib, seed):
           "features, on the tokens' rows and columns, summed over images")
     losses["flow"].backward(retain_graph=True)
     losses["repa"].backward()
-    assert flow.grad is not None and states.grad is not None, "losses must keep their gradients"
+    assert flow.grad is not None and states.grad is not None, (
+        "losses must keep their gradients: for the tower and, by REPA, for its states")
 
 
 def oracle_features(features):
