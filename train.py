@@ -400,7 +400,7 @@ class Trainer:
         handlers = [signal.signal(kind, self.interrupt) for kind in kinds]
         try:
             self.loop()
-        except NotFinite:
+        except NotSaved:
             raise
         except (UserError, OSError) as e:
             if self.step > self.saved_step:
@@ -486,8 +486,8 @@ class Trainer:
     def save_checkpoint(self):
         """First all that resuming needs, in one file, then the weights folder. Each file is whole
         or not there. A finished stage keeps only the note that it is finished. Raises UserError."""
-        self.saved_step = self.step
         if self.procs.rank:
+            self.saved_step = self.step
             return
         note = {"step": self.step, "settings": self.settings()}
         state = note | {"trainable": {k: p.detach() for k, p in self.trainable.items()},
@@ -496,13 +496,15 @@ class Trainer:
         try:
             with atomic(self.file) as temporary:
                 torch.save(state, temporary)
+            self.saved_step = self.step
             self.save_weights()
             if self.step >= self.stage.steps:
                 with atomic(self.file) as temporary:
                     torch.save(note, temporary)
-        except (UserError, OSError, RuntimeError) as e:
-            raise UserError(f"could not save step {self.step} in {self.out} ({e}); the checkpoint "
-                            "before it is whole: make room, then run the same command") from None
+        except (UserError, OSError, RuntimeError) as e:     # torch says RuntimeError for a full disk
+            kept = f"step {self.saved_step} is kept" if self.file.exists() else "nothing is saved"
+            raise NotSaved(f"could not save step {self.step} in {self.out} (is the disk full? {e}); "
+                           f"{kept}: make room, then run the same command") from None
 
     @torch.no_grad()
     def save_weights(self):
@@ -591,8 +593,12 @@ class Stopped(Exception):
     """Training was interrupted, and what it learned was saved."""
 
 
-class NotFinite(UserError):
-    """A loss or gradient became infinite or NaN; this step must not be saved."""
+class NotSaved(UserError):
+    """A step could not be saved, or must not be."""
+
+
+class NotFinite(NotSaved):
+    """A loss or gradient became infinite or NaN."""
 
 
 def progress(total: int, name: str, unit: str, shown: bool, initial=0) -> tqdm:
