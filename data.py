@@ -290,18 +290,14 @@ def find_layout(source, task):
         root, names = root.parent, {root.name}
     names = sorted(n for n in names if n[0] not in ".~#"  # no editor's files; none twice, packed
                    and not (n.endswith(".gz") and n.removesuffix(".gz") in names))
-    found = {}
-    for layout, (_, *patterns) in LAYOUTS.items():
+    for layout in sorted(LAYOUTS, key=lambda name: task == "image" and name != "CheXGenBench"):
         tables = [[root / n for n in names for p in pattern.split("|")
-                   if fnmatch(n.removesuffix(".gz"), p)] for pattern in patterns]
+                   if fnmatch(n.removesuffix(".gz"), p)] for pattern in LAYOUTS[layout][1:]]
         if all(tables):
-            found[layout] = tables
-    if not found:
-        wanted = "; ".join(f"{name} ({', '.join(pats)})" for name, (_, *pats) in LAYOUTS.items())
-        problem = "holds no known layout" if os.path.exists(source) else "does not exist"
-        raise UserError(f"{source} {problem}; give 'phantom' or a folder of one of: {wanted}")
-    layout = "CheXGenBench" if "CheXGenBench" in found and task == "image" else next(iter(found))
-    return layout, root, found[layout]
+            return layout, root, tables
+    wanted = "; ".join(f"{name} ({', '.join(pats)})" for name, (_, *pats) in LAYOUTS.items())
+    problem = "holds no known layout" if os.path.exists(source) else "does not exist"
+    raise UserError(f"{source} {problem}; give 'phantom' or a folder of one of: {wanted}")
 
 
 def read_data(source, size, task="report", raw=False):
@@ -310,9 +306,9 @@ def read_data(source, size, task="report", raw=False):
     these. Reports are those of cleaned.jsonl where it has them, unless `raw`.
     UserError if the folder or a table is missing, unknown or broken."""
     dropped, cleaned, seen = Dropped(), {}, set()
-    splits = {"train": range(ENDLESS), "val": range(512), "test": range(512)}
     if source == "phantom":
-        return {k: Dataset(Path(), source, k, v, size, dropped) for k, v in splits.items()}
+        sizes = {"train": ENDLESS, "val": 512, "test": 512}
+        return {k: Dataset(Path(), source, k, range(n), size, dropped) for k, n in sizes.items()}
     layout, root, tables = find_layout(source, task)
     if not raw and (root / "cleaned.jsonl").exists():
         cleaned = dict(table(root / "cleaned.jsonl", ("id", "report"), dropped))
@@ -547,10 +543,8 @@ def kill_workers():
         process.kill()
 
 
-# ---------------------------------------------------------------- you need not read on
-# For the paper, that is. The rest makes the synthetic data set, and labels and cleans reports.
-#
 # ---------------------------------------------------------------- phantoms: what can be found
+# For the paper you need not read on: this makes the synthetic data set; then reports are cleaned.
 PHANTOMS = tomllib.loads((ASSETS / "phantoms.toml").read_text("utf-8"))
 CHOICES, ANATOMY, GRADE = PHANTOMS["choices"], PHANTOMS["anatomy"], PHANTOMS["grades"]
 HEART = GRADE["Cardiomegaly"]
@@ -598,13 +592,12 @@ def sample_scene(rng):
 def sample_findings(rng):
     """A tuple: empty for 23% of images, else one to four findings that do not hide each other."""
     wanted = np.searchsorted((.23, .45, .73, .90), rng.random())
-    waits = rng.exponential(size=len(CHOICES)) / [of["weight"] for of in CHOICES.values()]
+    waits = rng.exponential(size=len(CHOICES)) / [PHANTOMS["weights"][k] for k in CHOICES]
     found, taken = [], set()
     for _, name in sorted(zip(waits, CHOICES)):
         if len(found) == wanted:
             break
-        fields = [(field, of) for field, of in CHOICES[name].items() if field != "weight"]
-        chosen = zip(fields, rng.random(3).tolist())
+        chosen = zip(CHOICES[name].items(), rng.random(3).tolist())
         f = Finding(name, **{field: of[int(u * len(of))] for (field, of), u in chosen})
         keys = f.name, f"{f.severity} {f.name}", f.place, f.kind
         zones = {(side, zone) for side in ((f.side,) if f.side in SIDES else SIDES)
@@ -637,7 +630,7 @@ def paint(scene, findings, size):
 
 @lru_cache(8)
 def noise(size):
-    """Grain, coarse and fine mottle: a seamless tile each, two by two, (2 size, 2 size)."""
+    """Grain, coarse and fine mottle: a seamless tile each, (size, size)."""
     tiles = []
     for waves in (size // 2, 6, 20):  # an image; the mottles are the same at every size
         rng, spectrum = np.random.default_rng(waves), np.zeros((size, size // 2 + 1), complex)
@@ -645,7 +638,7 @@ def noise(size):
         spectrum[np.arange(-waves, waves)[:, None], np.arange(waves + 1)] = values
         spectrum[0, 0] = 0
         tile = np.fft.irfft2(spectrum, (size, size))
-        tiles.append(np.tile(tile / tile.std(), (2, 2)).astype(np.float32))
+        tiles.append((tile / tile.std()).astype(np.float32))
     return tiles
 
 
@@ -758,9 +751,8 @@ class Chest:
         shift = round((s["top"] - .1275) * self.size), round((s["middle"] - .5) * self.size)
         tree = vessel_trees(self.size)[int(s["tree"])]
         self.vessels = s["vessels"] * np.roll(tree, shift, (0, 1))
-        rows, columns = (slice(int(s[roll] * self.size), int(s[roll] * self.size) + self.size)
-                         for roll in ("roll_y", "roll_x"))
-        self.grain, self.coarse, self.fine = (tile[rows, columns] for tile in noise(self.size))
+        roll = -int(s["roll_y"] * self.size), -int(s["roll_x"] * self.size)
+        self.grain, self.coarse, self.fine = (np.roll(t, roll, (0, 1)) for t in noise(self.size))
 
     def bones(self, ax):
         """Add the back ribs, the fainter front ribs, the chest wall, collar bones and spine."""
@@ -841,12 +833,9 @@ class Chest:
 # ---------------------------------------------------------------- phantoms: reports
 def sentence(f, phrase, frame):
     """A finding in words; the slots of what is not known vanish."""
-    slots = f._asdict() | {
-        "size": {"mild": "small", "severe": "large"}.get(f.severity, f.severity),
-        "ly": f.severity and f.severity + "ly", "on": f.side and f"on the {f.side}",
-        "where": f.side and f"in the {f.side} {f.place} lung",
-        "base": f.side and f"at the {f.side} lung base",
-        "kind": f.kind or ("nodule" if f.name == "Lung Lesion" else "support device")}
+    slots = f._asdict() | {"kind": f.kind or PHANTOMS["kinds"].get(f.name)}
+    slots |= {slot: words.get(f.severity, "") for slot, words in PHANTOMS["degrees"].items()}
+    slots |= {slot: f.side and text.format(**slots) for slot, text in PHANTOMS["places"].items()}
     text = " ".join(phrase.format(**slots).split())
     text = text.replace("effusion", "effusions") if f.side == "bilateral" else text
     many = re.search("effusions|changes", text)
@@ -1009,12 +998,12 @@ def locate(text):
 # ---------------------------------------------------------------- cleaning
 def section_of(header, section):
     """The section that a match of the header pattern begins after `section`; None: no header."""
-    known = phrases()
+    known, words = phrases(), header["name"] or header["other"]
+    name, capitals = words.lower(), words.isupper()
     if header["name"]:
-        if header["inline"] and not (header["name"].isupper() and header[0].endswith(":")):
+        if header["inline"] and not (capitals and header[0].endswith(":")):
             return None  # "the following findings:" in a sentence
-        return next(key for key, names in known["headers"].items() if names.fullmatch(header["name"].lower()))
-    name, capitals = header["other"].lower(), header["other"].isupper()
+        return next(key for key, names in known["headers"].items() if names.fullmatch(name))
     for spelt, words in known["spelling"].items():
         if difflib.get_close_matches(name, words, 1, .8):
             return spelt
@@ -1189,9 +1178,7 @@ def main():
     args = parser.parse_args()
     plain_streams()
     try:
-        if args.answers and not args.clean:
-            raise UserError("--answers is for cleaning; add --clean")
-        if args.clean:
+        if args.clean or args.answers:
             clean_folder(args.source, args.answers)
         if args.export_prompts:
             export_prompts(args.source, args.export_prompts)
