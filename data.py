@@ -480,12 +480,13 @@ def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1)
 
 
 def load(dataset, chunks, workers, ahead):
-    """Yield the samples of each chunk of indices. Loader processes take turns; each has up to
-    `ahead` chunks waiting. UserError if one is killed or gives nothing for PATIENCE seconds."""
+    """Yield the samples of each chunk of indices. The k-th comes from loader process k % workers;
+    each has up to `ahead` chunks waiting. UserError if one is killed or gives nothing for PATIENCE
+    seconds."""
     if not workers:
         yield from map(dataset.__getitems__, chunks)
         return
-    crew, waiting, chunks = [], collections.deque(), iter(chunks)
+    crew, chunks, sent = [], iter(chunks), 0
     ahead, masks = min(ahead, 64), hasattr(signal, "pthread_sigmask")  # 64 fit into a pipe
     try:
         if masks:  # these never reach a loader process: the program decides when it ends
@@ -500,19 +501,19 @@ def load(dataset, chunks, workers, ahead):
         if masks:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         atexit.register(kill_workers)
-        turns = itertools.cycle(pipe for _, pipe in crew)
-        for i in itertools.count():
-            patience = PATIENCE if i >= workers else 4 * PATIENCE  # they have to import first
+        for k in itertools.count():
+            _, pipe = crew[k % workers]
+            patience = PATIENCE if k >= workers else 4 * PATIENCE  # they have to import first
             try:
-                for rows in itertools.islice(chunks, workers * ahead - len(waiting)):
-                    waiting.append(next(turns))
-                    waiting[-1].send(rows)
-                if not waiting:
+                for rows in itertools.islice(chunks, k + workers * ahead - sent):
+                    crew[sent % workers][1].send(rows)
+                    sent += 1
+                if k == sent:
                     return
-                if not waiting[0].poll(patience):
+                if not pipe.poll(patience):
                     raise UserError(f"the loader processes gave nothing for {patience} s (a disk "
                                     "that hangs?); run the command again, or with --workers 0")
-                samples = waiting.popleft().recv()
+                samples = pipe.recv()
             except (EOFError, OSError):
                 raise UserError("a loader process was killed (out of memory?); run the command "
                                 "again, with fewer --workers") from None
