@@ -185,6 +185,7 @@ def table(path, columns, dropped):
 
 
 def find_column(path, column, names):
+    """The name that a row has for a wanted column."""
     known, wanted = {str(name).strip().lower(): name for name in names}, column.rstrip("?")
     found = [known[name] for name in wanted.split("|") if name in known]
     if not found and column == wanted:
@@ -493,8 +494,8 @@ def load(dataset, chunks, workers, ahead):
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         for _ in range(workers):
             pipe, its_end = multiprocessing.Pipe()
-            work = (dataset, its_end, pipe)
-            process = multiprocessing.Process(target=serve, args=work, daemon=True)
+            args = (dataset, its_end, pipe)
+            process = multiprocessing.Process(target=serve, args=args, daemon=True)
             process.start()
             its_end.close()
             crew.append((process, pipe))
@@ -685,9 +686,8 @@ class Chest:
         self.s, self.size, self.wide, self.high = scene, size, scene["width"], scene["height"]
         self.soft = max(scene["blur"], 1.1 / size)  # width of an edge
         at = (np.arange(size, dtype=np.float32) + .5) / size
-        self.y = ((at - scene["top"]) / self.high)[:, None].astype(np.float32)  # (size, 1)
-        lean = (at[:, None] - .5) * scene["tilt"]
-        self.x = ((at - scene["middle"] - lean) / self.wide).astype(np.float32)  # (size, size)
+        self.y = (at[:, None] - scene["top"]) / self.high  # (size, 1)
+        self.x = (at - scene["middle"] - (at[:, None] - .5) * scene["tilt"]) / self.wide
         self.image = np.zeros((size, size), np.float32)  # densities: 0 air, about 1 metal
 
     def blob(self, x, y, rx, ry, peak=1., rough=0.):
