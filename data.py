@@ -448,11 +448,6 @@ class Dataset:
                             + "; ".join(self.dropped.lines()))
 
 
-@lru_cache(2)
-def shuffled(n, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
 def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
     """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)},
     or whatever the data set's samples hold. The k-th depends on (seed, k) alone, so start_step
@@ -462,11 +457,12 @@ def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1)
     b, n = last - first, len(dataset)
     if batch_size < world:
         raise UserError(f"a batch of {batch_size} is too small for {world} processes")
+    order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
 
     def chunks():
         for start in itertools.count(start_step * batch_size + first, batch_size):
             at = range(start, start + b)
-            rows = [*at] if n == ENDLESS else [int(shuffled(n, seed, i // n)[i % n]) for i in at]
+            rows = [*at] if n == ENDLESS else [int(order(i // n)[i % n]) for i in at]
             yield from (rows[i:i + CHUNK] for i in range(0, b, CHUNK))
 
     import torch  # here: a first look does without
@@ -1170,12 +1166,9 @@ def main():
     parser = argparse.ArgumentParser(description="A first look at a data folder, or its cleaning.")
     parser.add_argument("source", nargs="?", default="phantom", metavar="DIR")
     parser.add_argument("--out", default="sheet.png", help="where the sheet of images goes")
-    parser.add_argument("--clean", action="store_true", help="write DIR/cleaned.jsonl, which "
-                        "training reads: reports without what an image cannot show")
-    parser.add_argument("--answers", metavar="FILE", help="clean with a language model's answers, "
-                        '{"id", "report"} a line; each is checked; the rest goes by the rules')
-    parser.add_argument("--export-prompts", metavar="FILE", help="write the reports as prompts for "
-                        "a language model; give its answers to --clean --answers")
+    parser.add_argument("--clean", action="store_true", help="write DIR/cleaned.jsonl for training")
+    parser.add_argument("--answers", metavar="FILE", help='from a model: {"id", "report"} a line')
+    parser.add_argument("--export-prompts", metavar="FILE", help="write prompts for such a model")
     args = parser.parse_args()
     plain_streams()
     try:
