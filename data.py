@@ -1167,8 +1167,8 @@ def main():
     parser.add_argument("source", nargs="?", default="phantom", metavar="DIR")
     parser.add_argument("--out", default="sheet.png", help="where the sheet of images goes")
     parser.add_argument("--clean", action="store_true", help="write DIR/cleaned.jsonl for training")
-    parser.add_argument("--answers", metavar="FILE", help='from a model: {"id", "report"} a line')
-    parser.add_argument("--export-prompts", metavar="FILE", help="write prompts for such a model")
+    parser.add_argument("--export-prompts", metavar="FILE", help="ask a language model to clean")
+    parser.add_argument("--answers", metavar="FILE", help='its answers: {"id", "report"} a line')
     args = parser.parse_args()
     plain_streams()
     try:
