@@ -25,6 +25,7 @@ import textwrap
 import tomllib
 import warnings
 import zlib
+from fnmatch import fnmatch
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -83,37 +84,37 @@ def read_image(path, at_least=0):
     """
     if not os.path.isfile(path):
         raise UserError(f"{path} is not a file; give the path of an image")
-    head = b"?"
+    content = b"?"
     try:
-        with open(path, "rb") as file:
-            head = file.read(132)
-            file.seek(0)
-            return decode(without_metadata(file.read()) if head.startswith(PNG) else file, at_least)
+        content = Path(path).read_bytes()
+        return decode(without_metadata(content), at_least)
     except Exception as error:  # PIL raises a dozen kinds for broken files
-        if head[128:] == b"DICM":
+        if content[128:132] == b"DICM":
             raise UserError(f"{path} is a DICOM file; convert it to PNG first, for example with "
                             f"DCMTK: dcmj2pnm --write-16-bit-png {path} IMAGE.png") from None
-        problem = ("it is empty" if not head else "its format is not known" if isinstance(
+        problem = ("it is empty" if not content else "its format is not known" if isinstance(
             error, UnidentifiedImageError) else " ".join(str(error).split()))
         raise UserError(f"{path} is no readable image ({problem}); give a whole PNG, JPEG or TIFF "
                         f"of at most {Image.MAX_IMAGE_PIXELS // 10**6} megapixels") from None
 
 
-def without_metadata(png):
-    """Drop what is not pixels from the bytes of a PNG: broken metadata must not cost an image."""
+def without_metadata(content):
+    """The bytes of an image, for a PNG those of its pixels: broken metadata must not cost them."""
+    if not content.startswith(PNG):
+        return content
     kept, at = [PNG], len(PNG)
-    while at < len(png):
-        name, end = png[at + 4:at + 8], at + 12 + int.from_bytes(png[at:at + 4], "big")
-        whole = zlib.crc32(png[at + 4:end - 4]).to_bytes(4, "big") == png[end - 4:end]
+    while at < len(content):
+        name, end = content[at + 4:at + 8], at + 12 + int.from_bytes(content[at:at + 4], "big")
+        whole = zlib.crc32(content[at + 4:end - 4]).to_bytes(4, "big") == content[end - 4:end]
         if name[:1].isupper() or name in (b"tRNS", b"eXIf") and whole:  # upper case: needed
-            kept.append(png[at:end])
+            kept.append(content[at:end])
         at = end
-    return io.BytesIO(b"".join(kept))
+    return b"".join(kept)
 
 
-def decode(file, at_least):
-    """An open file -> uint8 (h, w). Many kinds of exception if it is broken."""
-    with Image.open(file, formats=FORMATS) as image:
+def decode(content, at_least):
+    """The bytes of a file -> uint8 (h, w). Many kinds of exception if they are broken."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels")
         if at_least:
@@ -124,11 +125,10 @@ def decode(file, at_least):
         with contextlib.suppress(Exception):  # garbage EXIF: the pixels are whole all the same
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # I;16, I, F; PIL inverts 0 = white in 8 bits only
-            x = np.asarray(image).astype(np.float64) * (-1 if tags.get(PHOTOMETRIC) == 0 else 1)
-            x = np.where(np.isfinite(x), x, np.nan)
-            low, high = (np.nanmin(x), np.nanmax(x)) if np.isfinite(x).any() else (0, 0)
-            x = np.nan_to_num((x - low) * (255 / max(high - low, 1e-30)))
-            return x.round().astype(np.uint8)
+            x = np.asarray(image, np.float64) * (-1 if tags.get(PHOTOMETRIC) == 0 else 1)
+            known = x[np.isfinite(x)] if np.isfinite(x).any() else np.zeros(1)
+            x = (x - known.min()) * (255 / max(np.ptp(known), 1e-30))
+            return np.where(np.isfinite(x), x, 0).round().astype(np.uint8)
         if deep:
             raise ValueError(f"16 bits a channel of {image.mode}; save it with 8, or as grey")
         if image.has_transparency_data:
@@ -167,13 +167,11 @@ def table(path, columns, dropped):
     try:
         with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
             lines = (line.replace("\0", "") for line in file)
+            rows = csv.DictReader(lines, restval="\0")
             if path.suffix == ".jsonl":
-                empty = {"caption": "", "split": "", "id": ""}  # often in some lines only
-                rows = ({**empty, **json.loads(line)} for line in lines if line.strip())
-            else:
-                rows = csv.DictReader(lines, restval="\0")
+                rows = ({**json.loads(line)} for line in lines if line.strip())
             for at, row in enumerate(rows, 1):
-                keys = keys or find_columns(path, columns, row)
+                keys = keys or [find_column(path, column, row) for column in columns]
                 values = ["" if row.get(key) is None else str(row[key]) for key in keys]
                 if "\0" in values:
                     dropped.add(f"rows of {path.name} cut short, skipped", values[0])
@@ -186,15 +184,13 @@ def table(path, columns, dropped):
         raise UserError(f"{path} has no rows; fill it or remove it")
 
 
-def find_columns(path, columns, names):
-    known, keys = {str(name).strip().lower(): name for name in names}, []
-    for column in columns:
-        found = [name for name in column.rstrip("?").split("|") if name in known]
-        if not found and column[-1] != "?":
-            raise UserError(f"{path} has no column '{column}', only {', '.join(known)[:200]}; "
-                            "add it")
-        keys.append(known[found[0]] if found else column)
-    return keys
+def find_column(path, column, names):
+    """The name that a row has for a wanted column."""
+    known, wanted = {str(name).strip().lower(): name for name in names}, column.rstrip("?")
+    found = [known[name] for name in wanted.split("|") if name in known]
+    if not found and column == wanted:
+        raise UserError(f"{path} has no column '{column}', only {', '.join(known)[:200]}; add it")
+    return found[0] if found else wanted.split("|")[0]  # a later line of .jsonl may have it
 
 
 def hash_split(key, test=None):
@@ -247,15 +243,11 @@ def iu_rows(root, dropped, reports, projections):
 
 
 def nih_rows(root, dropped, entries):
-    folders = [str(p.relative_to(root)) for p in (root / "images", *root.glob("images_*/images"))]
+    folders = ("images", *(f"{p.name}/images" for p in root.glob("images_*")))
     where = {name: folder for folder in folders for name in listing(root / folder)}
-    official, tests = root / "test_list.txt", None
-    if official.exists():
-        try:
-            tests = set(official.read_text("latin-1").split())
-        except OSError as error:
-            raise UserError(f"{official} cannot be read ({error}); fix it or remove it") from None
-    columns, known = ("image index", "finding labels", "patient id"), {*NIH, "No Finding"}
+    official, known = root / "test_list.txt", {*NIH, "No Finding"}
+    tests = set(official.read_text("latin-1").split()) if official.exists() else None
+    columns = ("image index", "finding labels", "patient id")
     for name, labels, patient in table(entries[-1], columns, dropped):
         why = "" if known.issuperset(labels.split("|")) else "images with an unknown label"
         split = hash_split(patient, None if tests is None else name in tests)
@@ -294,23 +286,19 @@ say_once = lru_cache(None)(lambda text: print(text, file=sys.stderr))
 
 def find_layout(source, task):
     """-> name of the layout, its folder, and the files of each of its patterns. UserError."""
-    root = Path(source)
-    files = sorted(root / name for name in listing(root)) or [root] * os.path.isfile(root)
-
-    def fits(f, pattern):  # no backups (prompts.csv.bak), no files of an editor (._prompts.csv)
-        name = f.name.removesuffix(".gz")  # packed, unless it is there unpacked
-        return (name[0] not in ".~#" and any(map(Path(name).match, pattern.split("|")))
-                and (name == f.name or f.with_name(name) not in files))
-
-    found = {layout: [[f for f in files if fits(f, pattern)] for pattern in patterns]
-             for layout, (_, *patterns) in LAYOUTS.items()}
-    found = {layout: tables for layout, tables in found.items() if all(tables)}
-    if not found:
-        wanted = "; ".join(f"{name} ({', '.join(pats)})" for name, (_, *pats) in LAYOUTS.items())
-        problem = "holds no known layout" if os.path.exists(source) else "does not exist"
-        raise UserError(f"{source} {problem}; give 'phantom' or a folder of one of: {wanted}")
-    layout = "CheXGenBench" if "CheXGenBench" in found and task == "image" else next(iter(found))
-    return layout, files[0].parent, found[layout]
+    root, names = Path(source), listing(source)
+    if root.is_file():
+        root, names = root.parent, {root.name}
+    names = sorted(n for n in names if n[0] not in ".~#"  # no editor's files; none twice, packed
+                   and not (n.endswith(".gz") and n.removesuffix(".gz") in names))
+    for layout in sorted(LAYOUTS, key=lambda name: task == "image" and name != "CheXGenBench"):
+        tables = [[root / n for n in names for p in pattern.split("|")
+                   if fnmatch(n.removesuffix(".gz"), p)] for pattern in LAYOUTS[layout][1:]]
+        if all(tables):
+            return layout, root, tables
+    wanted = "; ".join(f"{name} ({', '.join(pats)})" for name, (_, *pats) in LAYOUTS.items())
+    problem = "holds no known layout" if os.path.exists(source) else "does not exist"
+    raise UserError(f"{source} {problem}; give 'phantom' or a folder of one of: {wanted}")
 
 
 def read_data(source, size, task="report", raw=False):
@@ -319,9 +307,9 @@ def read_data(source, size, task="report", raw=False):
     these. Reports are those of cleaned.jsonl where it has them, unless `raw`.
     UserError if the folder or a table is missing, unknown or broken."""
     dropped, cleaned, seen = Dropped(), {}, set()
-    splits = {"train": range(ENDLESS), "val": range(512), "test": range(512)}
     if source == "phantom":
-        return {k: Dataset(Path(), source, k, v, size, dropped) for k, v in splits.items()}
+        sizes = {"train": ENDLESS, "val": 512, "test": 512}
+        return {k: Dataset(Path(), source, k, range(n), size, dropped) for k, n in sizes.items()}
     layout, root, tables = find_layout(source, task)
     if not raw and (root / "cleaned.jsonl").exists():
         cleaned = dict(table(root / "cleaned.jsonl", ("id", "report"), dropped))
@@ -397,16 +385,15 @@ class Dataset:
             raise UserError(f"{self.root} ({self.layout}) has no {self.split} split: {why}")
         if self.layout == "phantom":
             return
-        names = lru_cache(None)(lambda folder: listing(self.root / folder))
-        there = {item for item in self.items
-                 if os.path.basename(item.path) in names(os.path.dirname(item.path))}
-        missing = [item.path for item in self.items if item not in there]
+        folders = {os.path.dirname(item.path) for item in self.items}
+        there = {(folder, name) for folder in folders for name in listing(self.root / folder)}
+        missing = [item.path for item in self.items if os.path.split(item.path) not in there]
         if len(missing) > .05 * len(self):
             raise UserError(f"{len(missing):,} of {len(self):,} images of the {self.split} split "
                             f"are missing; the first is expected at {self.root / missing[0]}")
         for path in missing:
             self.dropped.add("images missing, skipped", path)
-        self.items = [item for item in self.items if item in there]
+        self.items = [item for item in self.items if os.path.split(item.path) in there]
 
     def raw(self, i):
         """The i-th report as it was found: "" if its file is missing."""
@@ -461,11 +448,6 @@ class Dataset:
                             + "; ".join(self.dropped.lines()))
 
 
-@lru_cache(2)
-def shuffled(n, seed, epoch):
-    return np.random.default_rng([seed, epoch]).permutation(n)
-
-
 def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1):
     """Endless batches {"image": uint8 (b, size, size), "report", "caption": [str], "index": (b,)},
     or whatever the data set's samples hold. The k-th depends on (seed, k) alone, so start_step
@@ -475,19 +457,19 @@ def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1)
     b, n = last - first, len(dataset)
     if batch_size < world:
         raise UserError(f"a batch of {batch_size} is too small for {world} processes")
+    order = lru_cache(2)(lambda epoch: np.random.default_rng([seed, epoch]).permutation(n))
 
     def chunks():
         for start in itertools.count(start_step * batch_size + first, batch_size):
             at = range(start, start + b)
-            rows = [*at] if n == ENDLESS else [int(shuffled(n, seed, i // n)[i % n]) for i in at]
+            rows = [*at] if n == ENDLESS else [int(order(i // n)[i % n]) for i in at]
             yield from (rows[i:i + CHUNK] for i in range(0, b, CHUNK))
 
     import torch  # here: a first look does without
-    with contextlib.closing(load(dataset, chunks(), workers, 2 * -(-b // CHUNK))) as loaded:
+    parts = -(-b // CHUNK)
+    with contextlib.closing(load(dataset, chunks(), workers, 2 * parts)) as loaded:
         while True:
-            samples = []
-            while len(samples) < b:
-                samples += next(loaded)
+            samples = [*itertools.chain(*itertools.islice(loaded, parts))]
             dataset.account(samples)
             rows = {key: [s[key] for s in samples] for key in samples[0] if key != "notes"}
             yield {key: row if isinstance(row[0], str) else torch.as_tensor(np.stack(row))
@@ -495,39 +477,40 @@ def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1)
 
 
 def load(dataset, chunks, workers, ahead):
-    """Yield the samples of each chunk of indices. Loader processes take turns; each has up to
-    `ahead` chunks waiting. UserError if one is killed or gives nothing for PATIENCE seconds."""
+    """Yield the samples of each chunk of indices. The k-th comes from loader process k % workers;
+    each has up to `ahead` chunks waiting. UserError if one is killed or gives nothing for PATIENCE
+    seconds."""
     if not workers:
-        yield from (samples_of(dataset, rows) for rows in chunks)
+        yield from map(dataset.__getitems__, chunks)
         return
-    crew, waiting, chunks = [], collections.deque(), iter(chunks)
+    crew, chunks, sent = [], iter(chunks), 0
     ahead, masks = min(ahead, 64), hasattr(signal, "pthread_sigmask")  # 64 fit into a pipe
     try:
         if masks:  # these never reach a loader process: the program decides when it ends
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
         for _ in range(workers):
             pipe, its_end = multiprocessing.Pipe()
-            process = multiprocessing.Process(target=work, args=(dataset, its_end, pipe))
-            process.daemon = True
+            args = (dataset, its_end, pipe)
+            process = multiprocessing.Process(target=serve, args=args, daemon=True)
             process.start()
             its_end.close()
             crew.append((process, pipe))
         if masks:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         atexit.register(kill_workers)
-        turns = itertools.cycle(pipe for _, pipe in crew)
-        for i in itertools.count():
-            patience = PATIENCE if i >= workers else 4 * PATIENCE  # they have to import first
+        for k in itertools.count():
+            _, pipe = crew[k % workers]
+            patience = PATIENCE if k >= workers else 4 * PATIENCE  # they have to import first
             try:
-                for rows in itertools.islice(chunks, workers * ahead - len(waiting)):
-                    waiting.append(next(turns))
-                    waiting[-1].send(rows)
-                if not waiting:
+                for rows in itertools.islice(chunks, k + workers * ahead - sent):
+                    crew[sent % workers][1].send(rows)
+                    sent += 1
+                if k == sent:
                     return
-                if not waiting[0].poll(patience):
+                if not pipe.poll(patience):
                     raise UserError(f"the loader processes gave nothing for {patience} s (a disk "
                                     "that hangs?); run the command again, or with --workers 0")
-                samples = waiting.popleft().recv()
+                samples = pipe.recv()
             except (EOFError, OSError):
                 raise UserError("a loader process was killed (out of memory?); run the command "
                                 "again, with fewer --workers") from None
@@ -539,13 +522,7 @@ def load(dataset, chunks, workers, ahead):
             process.kill()
 
 
-def samples_of(dataset, rows):
-    if hasattr(dataset, "__getitems__"):
-        return dataset.__getitems__(rows)
-    return [dataset[i] for i in rows]
-
-
-def work(dataset, pipe, other_end):
+def serve(dataset, pipe, other_end):
     """A loader process: chunks of indices in, samples out, or what went wrong."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Windows has no masks
     other_end.close()  # only then does it notice that the program has ended
@@ -553,7 +530,7 @@ def work(dataset, pipe, other_end):
         while True:
             rows = pipe.recv()
             try:
-                pipe.send(samples_of(dataset, rows))
+                pipe.send(dataset.__getitems__(rows))
             except Exception as error:
                 pipe.send(error)
 
@@ -564,10 +541,8 @@ def kill_workers():
         process.kill()
 
 
-# ---------------------------------------------------------------- you need not read on
-# For the paper, that is. The rest makes the synthetic data set, and labels and cleans reports.
-#
 # ---------------------------------------------------------------- phantoms: what can be found
+# For the paper you need not read on: this makes the synthetic data set; then reports are cleaned.
 PHANTOMS = tomllib.loads((ASSETS / "phantoms.toml").read_text("utf-8"))
 CHOICES, ANATOMY, GRADE = PHANTOMS["choices"], PHANTOMS["anatomy"], PHANTOMS["grades"]
 HEART = GRADE["Cardiomegaly"]
@@ -584,12 +559,10 @@ class Finding(NamedTuple):
 
     def rank(self):
         """Its position in CLASSES; behind all of them for what is none of the 14."""
-        return CLASSES.index(self.name) if self.name in CLASSES else len(CLASSES)
+        return (*CLASSES, self.name).index(self.name)
 
 
 NIH = {label: Finding(**fields) for label, fields in PHANTOMS["nih"].items()}
-
-
 # heart_ratio: the width of the heart over the inner width of the chest
 Phantom = collections.namedtuple("Phantom", "image findings report heart_ratio")
 
@@ -617,13 +590,12 @@ def sample_scene(rng):
 def sample_findings(rng):
     """A tuple: empty for 23% of images, else one to four findings that do not hide each other."""
     wanted = np.searchsorted((.23, .45, .73, .90), rng.random())
-    waits = rng.exponential(size=len(CHOICES)) / [of["weight"] for of in CHOICES.values()]
+    waits = rng.exponential(size=len(CHOICES)) / [PHANTOMS["weights"][k] for k in CHOICES]
     found, taken = [], set()
     for _, name in sorted(zip(waits, CHOICES)):
         if len(found) == wanted:
             break
-        fields = [(field, of) for field, of in CHOICES[name].items() if field != "weight"]
-        chosen = zip(fields, rng.random(3).tolist())
+        chosen = zip(CHOICES[name].items(), rng.random(3).tolist())
         f = Finding(name, **{field: of[int(u * len(of))] for (field, of), u in chosen})
         keys = f.name, f"{f.severity} {f.name}", f.place, f.kind
         zones = {(side, zone) for side in ((f.side,) if f.side in SIDES else SIDES)
@@ -656,7 +628,7 @@ def paint(scene, findings, size):
 
 @lru_cache(8)
 def noise(size):
-    """Grain, coarse and fine mottle: a seamless tile each, two by two, (2 size, 2 size)."""
+    """Grain, coarse and fine mottle: a seamless tile each, (size, size)."""
     tiles = []
     for waves in (size // 2, 6, 20):  # an image; the mottles are the same at every size
         rng, spectrum = np.random.default_rng(waves), np.zeros((size, size // 2 + 1), complex)
@@ -664,7 +636,7 @@ def noise(size):
         spectrum[np.arange(-waves, waves)[:, None], np.arange(waves + 1)] = values
         spectrum[0, 0] = 0
         tile = np.fft.irfft2(spectrum, (size, size))
-        tiles.append(np.tile(tile / tile.std(), (2, 2)).astype(np.float32))
+        tiles.append((tile / tile.std()).astype(np.float32))
     return tiles
 
 
@@ -710,9 +682,8 @@ class Chest:
         self.s, self.size, self.wide, self.high = scene, size, scene["width"], scene["height"]
         self.soft = max(scene["blur"], 1.1 / size)  # width of an edge
         at = (np.arange(size, dtype=np.float32) + .5) / size
-        self.y = ((at - scene["top"]) / self.high)[:, None].astype(np.float32)  # (size, 1)
-        lean = (at[:, None] - .5) * scene["tilt"]
-        self.x = ((at - scene["middle"] - lean) / self.wide).astype(np.float32)  # (size, size)
+        self.y = (at[:, None] - scene["top"]) / self.high  # (size, 1)
+        self.x = (at - scene["middle"] - (at[:, None] - .5) * scene["tilt"]) / self.wide
         self.image = np.zeros((size, size), np.float32)  # densities: 0 air, about 1 metal
 
     def blob(self, x, y, rx, ry, peak=1., rough=0.):
@@ -777,9 +748,8 @@ class Chest:
         shift = round((s["top"] - .1275) * self.size), round((s["middle"] - .5) * self.size)
         tree = vessel_trees(self.size)[int(s["tree"])]
         self.vessels = s["vessels"] * np.roll(tree, shift, (0, 1))
-        rows, columns = (slice(int(s[roll] * self.size), int(s[roll] * self.size) + self.size)
-                         for roll in ("roll_y", "roll_x"))
-        self.grain, self.coarse, self.fine = (tile[rows, columns] for tile in noise(self.size))
+        roll = -int(s["roll_y"] * self.size), -int(s["roll_x"] * self.size)
+        self.grain, self.coarse, self.fine = (np.roll(t, roll, (0, 1)) for t in noise(self.size))
 
     def bones(self, ax):
         """Add the back ribs, the fainter front ribs, the chest wall, collar bones and spine."""
@@ -860,12 +830,9 @@ class Chest:
 # ---------------------------------------------------------------- phantoms: reports
 def sentence(f, phrase, frame):
     """A finding in words; the slots of what is not known vanish."""
-    slots = f._asdict() | {
-        "size": {"mild": "small", "severe": "large"}.get(f.severity, f.severity),
-        "ly": f.severity and f.severity + "ly", "on": f.side and f"on the {f.side}",
-        "where": f.side and f"in the {f.side} {f.place} lung",
-        "base": f.side and f"at the {f.side} lung base",
-        "kind": f.kind or ("nodule" if f.name == "Lung Lesion" else "support device")}
+    slots = f._asdict() | {"kind": f.kind or PHANTOMS["kinds"].get(f.name)}
+    slots |= {slot: words.get(f.severity, "") for slot, words in PHANTOMS["degrees"].items()}
+    slots |= {slot: f.side and text.format(**slots) for slot, text in PHANTOMS["places"].items()}
     text = " ".join(phrase.format(**slots).split())
     text = text.replace("effusion", "effusions") if f.side == "bilateral" else text
     many = re.search("effusions|changes", text)
@@ -906,54 +873,47 @@ def impression(caption):
 
 # ---------------------------------------------------------------- reports: the file of phrases
 PHRASES = ASSETS / "phrases.toml"
-WORDS = r"(?<!\w)(?:{})(?!\w)"
-TABLES = {  # of PHRASES: how its phrases are compiled, and its keys
-    "mentions": (WORDS, CLASSES[1:]), "normals": (WORDS, CLASSES), "sides": (WORDS, SIDES),
-    "severity": (WORDS, GRADES), "cues": (WORDS, ("negation", "uncertainty", "no_cue", "report")),
-    "behind": ("{REACH}" + WORDS, ("negation", "uncertainty")), "rules": ("(?i:{})", None),
-    "patterns": ("{}", "new_clause joint removed title item sentence_end header".split()),
-    "headers": ("(?i:{})$", ("FINDINGS", "IMPRESSION", "BODY", "SKIP")),
-    "other_headers": (WORDS, ("earlier", "organs", "image")), "prompts": ("", ("clean", "judge")),
-    "spelling": ("", ("FINDINGS", "IMPRESSION", "SKIP"))}
+KEYS = {  # of its tables
+    "mentions": CLASSES[1:], "normals": CLASSES, "sides": SIDES, "severity": GRADES,
+    "cues": ("negation", "uncertainty", "no_cue", "report"), "behind": ("negation", "uncertainty"),
+    "patterns": "new_clause joint removed title item sentence_end header".split(),
+    "headers": ("FINDINGS", "IMPRESSION", "BODY", "SKIP"), "prompts": ("clean", "judge"),
+    "spelling": ("FINDINGS", "IMPRESSION", "SKIP"), "other_headers": ("earlier", "organs", "image")}
 
 
-def read_phrases(path):
-    """-> {table: {key: regex of its phrases}} of a TOML file; of a rule (regex, replacement or
+@lru_cache
+def phrases(path=PHRASES):
+    """-> {table: {key: the regex of its phrases}} of a TOML file; of a rule (regex, replacement or
     None). UserError with file and key where the file is broken."""
     parts, key = {}, "as a whole"
 
-    def pattern(phrases, frame="{}"):
-        joined = phrases if isinstance(phrases, str) else "|".join(phrases)
-        joined = frame.replace("{}", re.sub(r"\s*\n\s*", "", joined))
-        return re.sub(r"\{([A-Z]+)\}", lambda part: parts[part[1]], joined)
+    def regex(row, flags=0):
+        row = row if isinstance(row, str) else rf"(?<!\w)(?:{'|'.join(row)})(?!\w)"
+        row = re.sub(r"\s*\n\s*", "", row)
+        return re.compile(re.sub(r"\{([A-Z]+)\}", lambda m: parts[m[1]], row), flags)
 
     try:
         tables = tomllib.loads(path.read_text("utf-8"))
-        for key, phrases in tables["parts"].items():
-            parts[key] = pattern(phrases)
-        parts["HEADERS"] = pattern([*itertools.chain(*tables["headers"].values())])
-        for table, (frame, keys) in TABLES.items():
-            key = table
-            rows = tables[table]
-            if keys and (set(rows) - set(keys) or table != "normals" and set(keys) - set(rows)):
+        for key, row in tables["parts"].items():
+            parts[key] = regex(row).pattern
+        key = "headers"
+        parts["HEADERS"] = regex([*itertools.chain(*tables[key].values())]).pattern
+        for key, keys in KEYS.items():
+            table, rows = key, tables[key]
+            if set(rows) - set(keys) or table != "normals" and set(keys) - set(rows):
                 raise ValueError(f"its keys must be {', '.join(keys)}")
             for name, row in rows.items():
-                key, new = f"{table}.{name}", None
-                if table == "rules":
-                    row, new = row["find"], row.get("replace")
-                regex = re.compile(pattern(row, frame))
-                regex.sub(new or "", "")  # is the replacement one?
-                if frame:
-                    rows[name] = (regex, new) if table == "rules" else regex
+                key = f"{table}.{name}"
+                pattern = regex(row)  # also of those that are no regex: a check
+                rows[name] = row if table in ("prompts", "spelling") else pattern
+        for name, rule in tables["rules"].items():
+            key, new = f"rules.{name}", rule.get("replace")
+            tables["rules"][name] = pattern, _ = regex(rule["find"], re.I), new
+            pattern.sub(new or "", "")  # is the replacement one?
     except (OSError, ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         lacks = "not there: " if isinstance(error, KeyError) else ""
         raise UserError(f"{path}, {key}: {lacks}{error}; correct it") from None
     return tables
-
-
-@lru_cache(1)
-def phrases():
-    return read_phrases(PHRASES)
 
 
 # ---------------------------------------------------------------- labels: reading a report
@@ -1035,12 +995,12 @@ def locate(text):
 # ---------------------------------------------------------------- cleaning
 def section_of(header, section):
     """The section that a match of the header pattern begins after `section`; None: no header."""
-    known = phrases()
+    known, words = phrases(), header["name"] or header["other"]
+    name, capitals = words.lower(), words.isupper()
     if header["name"]:
-        if header["inline"] and not (header["name"].isupper() and header[0].endswith(":")):
+        if header["inline"] and not (capitals and header[0].endswith(":")):
             return None  # "the following findings:" in a sentence
-        return next(key for key, names in known["headers"].items() if names.match(header["name"]))
-    name, capitals = header["other"].lower(), header["other"].isupper()
+        return next(key for key, names in known["headers"].items() if names.fullmatch(name))
     for spelt, words in known["spelling"].items():
         if difflib.get_close_matches(name, words, 1, .8):
             return spelt
@@ -1114,12 +1074,12 @@ def clean_checked(text, answer=None):
 
 def raw_reports(source):
     """-> the path of cleaned.jsonl, {id: report as found}. UserError if there is none to clean."""
-    splits = read_data(source, size=256, raw=True).values()
-    reports = {item.id: d.raw(i) for d in splits if d.layout != "phantom"
+    splits = read_data(source, size=256, raw=True)
+    reports = {item.id: d.raw(i) for d in splits.values() if d.layout != "phantom"
                for i, item in enumerate(d.items) if item.kind in RAW}
     if not reports:
         raise UserError(f"{source} has no written reports to clean")
-    return next(iter(splits)).root / "cleaned.jsonl", reports
+    return splits["train"].root / "cleaned.jsonl", reports
 
 
 def write_jsonl(path, records):
@@ -1136,12 +1096,12 @@ def clean_folder(source, answers=None):
     write_jsonl(path, ({"id": name, "report": text} for name, (text, _) in cleaned.items()))
     kept = [name for name, (_, same) in cleaned.items() if not same]
     print(f"{path}: {len(cleaned):,} reports, {len(answers.keys() & cleaned):,} by answers; "
-          f"{len(kept):,} kept as they were, where labels would change{': ' * bool(kept)}"
-          f"{', '.join(kept[:3])}; {len(answers.keys() - cleaned):,} answers of unknown id")
+          f"{len(kept):,} kept as they were, where labels would change: {', '.join(kept[:3])}; "
+          f"{len(answers.keys() - cleaned):,} answers of unknown id")
 
 
 def export_prompts(source, path):
-    """Write a line {"id", "clean", "judge"} a report: prompts for a language model that cleans."""
+    """Write {"id", "clean", "judge"} a report: prompts for a language model that cleans."""
     clean, judge = (phrases()["prompts"][key] for key in ("clean", "judge"))
     write_jsonl(path, ({
         "id": name, "clean": clean.replace("{report}", raw),
@@ -1158,21 +1118,20 @@ def save_image(image, path):
 
 def sheet(images, captions, columns, path):
     """Write a PNG of images, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
-    font, gap = ImageFont.load_default(13), 8
-    images = [Image.fromarray(np.asarray(image)).convert("RGB") for image in images]
+    images = [Image.fromarray(np.asarray(image)) for image in images]
     images = [ImageOps.scale(image, max(1, round(192 / max(image.size))), Image.Resampling.NEAREST)
               for image in images]
-    width = max(192, *(image.width for image in images))
+    width, gap = max(192, *(image.width for image in images)), 8
     texts = ["\n".join(textwrap.fill(line, width // 7) for line in caption.split("\n"))
              for caption in captions]
     height = max(i.height + 17 * (t.count("\n") + 1) for i, t in zip(images, texts)) + 2 * gap
-    size = (width + gap) * min(columns, len(images)), height * -(-len(images) // columns)
-    page = Image.new("RGB", (size[0] + gap, size[1] + gap), "white")
+    rows, columns = -(-len(images) // columns), min(columns, len(images))
+    page = Image.new("RGB", ((width + gap) * columns + gap, height * rows + gap), "white")
     for i, (image, text) in enumerate(zip(images, texts)):
         x, y = gap + (width + gap) * (i % columns), gap + height * (i // columns)
         page.paste(image, (x, y))
-        text = text.encode(errors="replace").decode()
-        ImageDraw.Draw(page).multiline_text((x, y + image.height + 4), text, "black", font)
+        ImageDraw.Draw(page).text((x, y + image.height + 4), text.encode(errors="replace").decode(),
+                                  "black", ImageFont.load_default(13))
     save_image(np.asarray(page), path)
 
 
@@ -1180,15 +1139,15 @@ def first_look(source, out):
     """Print what a data folder holds and what was left out; write a sheet of eight images."""
     splits = read_data(source, size=256)
     sizes = (f"{k} {f'{len(d):,}' if len(d) < ENDLESS else 'endless'}" for k, d in splits.items())
+    print(f"{source}: {splits['train'].layout}. Images: {', '.join(sizes)}")
     data = next((d for d in splits.values() if len(d)), splits["train"])
-    print(f"{source}: {data.layout}. Images: {', '.join(sizes)}")
     texts = [data.text(i) for i in range(0, len(data), -(-len(data) // 2000) or 1)]
-    labels = [label_report(text) for text, _ in texts]
     print(f"{len(texts):,} reports, {sum(not clean for _, clean in texts):,} of them not cleaned "
           f"(--clean)\n{'':28}positive uncertain negative")
+    labels = [label_report(text) for text, _ in texts]
     for name in CLASSES:
-        values = [label.get(name) for label in labels]
-        print(f"{name:28}{values.count(1):8}{values.count(-1):10}{values.count(0):9}")
+        count = collections.Counter(label.get(name) for label in labels)
+        print(f"{name:28}{count[1]:8}{count[-1]:10}{count[0]:9}")
     try:
         data.drop_missing()
     except UserError as error:  # reports without images are worth a look too
@@ -1205,28 +1164,21 @@ def first_look(source, out):
 
 def main():
     parser = argparse.ArgumentParser(description="A first look at a data folder, or its cleaning.")
-    add = parser.add_argument
-    add("source", nargs="?", default="phantom", metavar="DIR")
-    add("--out", default="sheet.png", help="where the sheet of images goes")
-    add("--clean", action="store_true", help="write DIR/cleaned.jsonl, which training reads: "
-        "reports without what an image cannot show")
-    add("--answers", metavar="FILE", help="clean with a language model's answers, "
-        '{"id", "report"} a line; each is checked, and the rest goes by the rules')
-    add("--export-prompts", metavar="FILE", help="write the reports as prompts for a language "
-        "model; give its answers to --clean --answers")
+    parser.add_argument("source", nargs="?", default="phantom", metavar="DIR")
+    parser.add_argument("--out", default="sheet.png", help="where the sheet of images goes")
+    parser.add_argument("--clean", action="store_true", help="write DIR/cleaned.jsonl for training")
+    parser.add_argument("--export-prompts", metavar="FILE", help="ask a language model to clean")
+    parser.add_argument("--answers", metavar="FILE", help='its answers: {"id", "report"} a line')
     args = parser.parse_args()
     plain_streams()
     try:
-        if args.answers and not args.clean:
-            raise UserError("--answers is for cleaning; add --clean")
-        if args.clean:
+        if args.clean or args.answers:
             clean_folder(args.source, args.answers)
         if args.export_prompts:
             export_prompts(args.source, args.export_prompts)
         first_look(args.source, args.out)
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

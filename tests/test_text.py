@@ -171,7 +171,7 @@ def test_a_broken_phrase_file_is_one_line_with_file_and_key(tmp_path, old, new, 
     assert text.count(old) >= 1
     (tmp_path / "p.toml").write_text(text.replace(old, new, 1), encoding="utf-8")
     with pytest.raises(data.UserError, match=rf"p\.(?:.*{said})") as error:
-        data.read_phrases(tmp_path / "p.toml")
+        data.phrases(tmp_path / "p.toml")
     assert "\n" not in str(error.value)
 
 
@@ -180,7 +180,7 @@ def test_a_phrase_file_can_be_extended(tmp_path, monkeypatch):
     text = text.replace("'cardiomegaly',", "'cardiomegaly', 'ochsenherz',")
     (tmp_path / "p.toml").write_text(text,
                                      encoding="utf-8")
-    extended = data.read_phrases(tmp_path / "p.toml")
+    extended = data.phrases(tmp_path / "p.toml")
     monkeypatch.setattr(data, "phrases", lambda: extended)
     data.read_sentence.cache_clear()
     assert label_report("No effusion. Ochsenherz.") == {"Pleural Effusion": 0, "Cardiomegaly": 1}
