@@ -12,19 +12,19 @@ A mistake is one line on stderr and exit code 2; Ctrl-C is exit code 130.
 import argparse
 import csv
 import json
-import math
 import os
 import re
 import sys
 import warnings
 from collections import Counter
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 
 SHIPPED = Path(__file__).resolve().parent / "assets" / "tiny"   # weights of the repository
+SAMPLING = {"seed", "points", "guidance", "eta", "shift", "size"}   # flags of generated images
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,12 +34,11 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind: type, least: float, most: float):
     """For argparse: reads an int or a float from least to most."""
-    def read(text: str):
+    def number(text: str):
         if least <= kind(text) <= most:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{kind(text)} is not from {least:,} to {most:,}")
-    read.__name__ = kind.__name__       # for argparse's answer to a ValueError
-    return read
+    return number
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -60,8 +59,8 @@ def parse(argv=None) -> argparse.Namespace:
             add("--shift", type=number(float, 0.001, 1000), help="time shift (default: 3)")
             add("--size", type=number(int, 1, 2**15), help="pixels a side (default: as trained)")
         if name in ("generate", "evaluate"):
-            add("--best-of", type=number(int, 1, 1000), metavar="N", help="of N images of a text "
-                "keep the one from which the model's own reader reads most of it back")
+            add("--best-of", type=number(int, 1, 1000), metavar="N",
+                help="keep the best of N images of a text: the model's own reader chooses it")
         return add
     add = command("report", "write the report of each image")
     add("images", nargs="+", help="image files")
@@ -84,25 +83,27 @@ def parse(argv=None) -> argparse.Namespace:
     add("--out", help="folder for the results (default: WEIGHTS/evaluation)")
     add("--features", help="RAD-DINO folder (default: our image encoder)")
     add("--judge", metavar="WEIGHTS", help="a second reader of the generated images")
-    return check(parser, parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    check(args, parser)
+    return args
 
 
-def check(parser: Parser, args: argparse.Namespace) -> argparse.Namespace:
-    """Refuses flags that change nothing. args.given: the names of the flags that were given;
-    args.reads: the command reads images and generates none."""
+def check(args: argparse.Namespace, parser: Parser):
+    """Refuses flags that change nothing. Sets args.given, the names of the flags that were given,
+    and args.reads: the command reads images and generates none."""
     args.given = {name for name, value in vars(args).items() if value is not None}
     args.reads = args.command == "report" or args.command == "look" and bool(re.search(
         r"\.(png|jpe?g|tiff?|bmp|gif|webp|dcm)$", args.what, re.I) or os.path.isfile(args.what))
-    for where, names in (
-            ("at temperature 0", args.command == "report" and not args.temperature
-             and {"seed", "top_p"}),
-            ("where an image is read", args.command == "look" and args.reads
-             and {"seed", "points", "guidance", "eta", "shift", "size"}),
-            ("in a single step", vars(args).get("points") == 2 and {"eta", "shift"})):
-        for name in sorted(args.given & (names or set())):
-            parser.error(f"--{name.replace('_', '-')} changes nothing {where}; leave it out")
+    idle, where = set(), ""
+    if args.command == "report" and not args.temperature:
+        idle, where = {"seed", "top_p"}, "at temperature 0"
+    elif args.command == "look" and args.reads:
+        idle, where = SAMPLING, "where an image is read"
+    elif vars(args).get("points") == 2:
+        idle, where = {"eta", "shift"}, "in a single step"
+    for name in sorted(args.given & idle):
+        parser.error(f"--{name.replace('_', '-')} changes nothing {where}; leave it out")
     args.seed = args.seed or 0
-    return args
 
 
 ARGS = parse() if __name__ == "__main__" else None        # --help answers before torch is imported
@@ -112,8 +113,8 @@ from PIL import Image, ImageFilter                        # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
 import joint_attn                                         # noqa: E402
-from data import (CLASSES, UserError, atomic, impression, label_report, locate,  # noqa: E402
-                  open_data, plain_streams, read_image, save_image, sheet, square)
+from data import (CLASSES, Dropped, UserError, atomic, impression, label_report,  # noqa: E402
+                  locate, open_data, plain_streams, read_image, save_image, sheet, square, table)
 from diffusion import shift_time, to_uint8, vae_pixels    # noqa: E402
 from unix import INSTRUCTIONS, UniX, load_rad_dino        # noqa: E402
 
@@ -156,12 +157,10 @@ def prdc(real, fake, k=5):
     """Precision, recall (Kynkaanniemi et al. 2019), density, coverage (Naeem et al. 2020) -> dict.
     Each sample has a ball that reaches to its k-th nearest neighbour in its own set."""
     real, fake = (torch.from_numpy(x) for x in as_features(real, fake, least=k + 1))
-
-    def distances(a, b):                        # exact: those of equal rows are 0
-        return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").numpy()
-    real_radius, fake_radius = (                # the k-th from 0, because 0 is the sample itself
-        np.partition(distances(x, x), k)[:, k] for x in (real, fake))
-    across = distances(real, fake)
+    distances = partial(torch.cdist, compute_mode="donot_use_mm_for_euclid_dist")       # exact
+    real_radius, fake_radius = (        # of the k-th neighbour: the first is the sample itself
+        distances(x, x).kthvalue(k + 1).values.numpy() for x in (real, fake))
+    across = distances(real, fake).numpy()
     inside = (across < real_radius[:, None]).sum(0)         # real balls around each fake sample
     return {"precision": float((inside > 0).mean()), "density": float(inside.mean() / k),
             "recall": float((across < fake_radius).any(1).mean()),
@@ -263,10 +262,6 @@ def chunks(rows, size: int):
     return (rows[i:i + size] for i in range(0, len(rows), size))
 
 
-def tensors(images: np.ndarray, device):
-    return (torch.from_numpy(some).to(device) for some in chunks(images, 32))
-
-
 def open_model(args) -> UniX:
     """The model asked for; args.weights becomes its folder. Raises UserError."""
     if args.weights is None:
@@ -275,22 +270,21 @@ def open_model(args) -> UniX:
         if not runs and not SHIPPED.exists():
             raise UserError("no weights under runs/; run train.py --stage 1 or give --weights")
         note(f"weights {args.weights} ({'the newest run' if runs else 'of the repository'})")
-    device = args.device or ("cuda" if torch.cuda.is_available() else
-                             "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        torch.empty(1, device=device)
+        device = args.device or torch.accelerator.current_accelerator(check_available=True)
+        device = torch.empty(1, device=device).device       # no accelerator, None: the CPU
     except (RuntimeError, AssertionError):      # torch's answer to a device that is not there
-        raise UserError(f"--device {device} is not to be had here; try cpu") from None
-    model, kind = UniX.load(args.weights, device), device.split(":")[0]
+        raise UserError(f"--device {args.device} is not to be had here; try cpu") from None
+    model = UniX.load(args.weights, device)
     if args.reads and model.config.taught_on == "phantom":
         note("these weights know phantoms alone: what they write of a real X-ray means nothing")
-    fast = kind == "cuda" or kind == "cpu" and (
+    fast = device.type == "cuda" or device.type == "cpu" and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     if args.precision == "bf16" or args.precision == "auto" and fast and model.config.width >= 512:
-        cast, fp32 = torch.autocast(kind, torch.bfloat16), torch.autocast(kind, enabled=False)
-        model.report, model.generate = cast(model.report), cast(model.generate)
-        if model.vae is not None:
-            model.vae.decode = fp32(model.vae.decode)
+        bf16 = torch.autocast(device.type, torch.bfloat16)
+        model.report, model.generate = bf16(model.report), bf16(model.generate)
+        if model.vae is not None:               # it stays fp32
+            model.vae.decode = torch.autocast(device.type, enabled=False)(model.vae.decode)
     return model
 
 
@@ -313,15 +307,15 @@ def settings(args, model: UniX) -> dict:
 def read(model: UniX, images: np.ndarray, *how) -> list[str]:
     """Reports of uint8 images (n, h, w). `how`: prompt, longest, temperature, top_p, seed."""
     how = how or (INSTRUCTIONS[0], min(200, model.config.max_tokens))
-    return [text for some in tensors(images, model.device)
-            for text in model.report(model.vit.prepare(some), *how)]
+    return [text for some in torch.from_numpy(images).split(32)
+            for text in model.report(model.vit.prepare(some.to(model.device)), *how)]
 
 
 def best_of(count: int, asked: list[str], written: list[str]) -> np.ndarray:
     """Indices of the best of every `count` images, the first of equals: its report agrees most with
     its text, by F1 of findings, sides and severities (dual self-reward, arXiv 2506.07963)."""
     a, b = label_table(asked) == 1, label_table(written) == 1
-    score = 2 * (a & b).sum(1) / np.maximum(1, a.sum(1) + b.sum(1))
+    score = f1_scores(a.T, b.T)["per_class"]            # here an image takes the place of a class
     for kind in ("sides", "severity"):
         known, _, right = agree(asked, written, kind, CLASSES).T
         score = score + np.where(known, right / np.maximum(1, known), 1)
@@ -332,12 +326,12 @@ def best_of(count: int, asked: list[str], written: list[str]) -> np.ndarray:
 def report(args):
     """Prints the report of each image."""
     model = open_model(args)
-    images = [square(read_image(p), model.config.vit_image) for p in args.images]
+    images = np.stack([square(read_image(p), model.config.vit_image) for p in args.images])
     how = (INSTRUCTIONS[0] if args.prompt is None else args.prompt, args.max_tokens,
            args.temperature, args.top_p or 1.0, args.seed)
-    for paths, some in zip(chunks(args.images, 8), chunks(images, 8)):
-        for path, text in zip(paths, read(model, np.stack(some), *how)):
-            print(f"{path}: {text}" if len(images) > 1 else text)
+    texts = (text for some in chunks(images, 8) for text in read(model, some, *how))
+    for path, text in zip(args.images, texts):
+        print(f"{path}: {text}" if len(images) > 1 else text)
 
 
 def generate(args):
@@ -349,15 +343,15 @@ def generate(args):
     if not os.access(out if folder else out.parent, os.W_OK):
         raise UserError(f"--out {out} cannot be written; name a file in a folder that is there")
     model = open_model(args)
-    how, images = settings(args, model), []
+    how = settings(args, model)
     texts = [text for text in args.texts for _ in range(args.count * count)]
-    seeds = [args.seed + n for n in range(len(texts))]
-    for n in tqdm(range(0, len(texts), 8), desc="images", disable=len(texts) <= 8):
-        made = model.generate(texts[n:n + 8], args.size, seeds[n:n + 8], **how)
-        images += [*made[:, 0].cpu().numpy()]
+    seeds = range(args.seed, args.seed + len(texts))
+    images = np.concatenate([
+        model.generate(texts[n:n + 8], args.size, seeds[n:n + 8], **how)[:, 0].cpu().numpy()
+        for n in tqdm(range(0, len(texts), 8), desc="images", disable=len(texts) <= 8)])
     if count > 1:
-        best = best_of(count, texts, read(model, np.stack(images)))
-        images, texts, seeds = ([rows[i] for i in best] for rows in (images, texts, seeds))
+        best = best_of(count, texts, read(model, images))
+        images, texts, seeds = images[best], [texts[i] for i in best], [seeds[i] for i in best]
         args.used += f", best of {count}"
     if folder:
         for image, text, seed in zip(images, texts, seeds):
@@ -406,9 +400,9 @@ WORDS = re.compile(r"\b(?!(?:the|an?|is|are|has|seen|of|in|on|at|to|and|or|with|
 
 def attention(q, k, mask=None, causal=False):
     """softmax(q k^T / sqrt(d)) of Eq. 5, arguments as in `attend` -> (b, h, l, m)."""
-    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / math.sqrt(q.shape[-1])
+    scores = q @ k.repeat_interleave(q.shape[1] // k.shape[1], dim=1).mT / q.shape[-1] ** 0.5
     mask = torch.ones_like(scores, dtype=torch.bool).tril() if causal else mask
-    return (scores if mask is None else scores.masked_fill(~mask, -math.inf)).softmax(-1)
+    return (scores if mask is None else scores.masked_fill(~mask, -torch.inf)).softmax(-1)
 
 
 @contextmanager
@@ -495,26 +489,25 @@ def agree(truth: list[str], written: list[str], kind: str, classes) -> np.ndarra
 def report_scores(truth: list[str], written: list[str]) -> dict[str, list[float]]:
     """Table 2, {name: [value, low, high]}: F1 of the findings, words, sides and severities."""
     a, b = label_table(truth), label_table(written)
-    flags = {"": (a == 1, b == 1), ", uncertain as positive": (a != 0, b != 0)}
-    columns = {14: slice(None), 5: [CLASSES.index(c) for c in FIVE]}
-    rouge = np.array([rouge_l([x], [y]) for x, y in zip(truth, written)])
+    positive = a == 1, b == 1
+    five = [CLASSES.index(c) for c in FIVE]
+    pairs = {f"F1-{n}{name}": (x[:, columns], y[:, columns])
+             for name, (x, y) in (("", positive), (", uncertain as positive", (a != 0, b != 0)))
+             for n, columns in ((14, slice(None)), (5, five))}
     details = {"sides right": agree(truth, written, "sides", SIDED),
                "severity right": agree(truth, written, "severity", CLASSES)}
+    rouge = np.array([rouge_l([x], [y]) for x, y in zip(truth, written)])
 
     def figures(i):
-        found = {}
-        for name, (x, y) in flags.items():
-            for count, some in columns.items():
-                score = f1_scores(x[i][:, some], y[i][:, some])
-                found |= {f"{k} F1-{count}{name}": score[k] for k in ("micro", "macro")}
+        scores = {name: f1_scores(x[i], y[i]) for name, (x, y) in pairs.items()}
+        found = {f"{k} {name}": f1[k] for name, f1 in scores.items() for k in ("micro", "macro")}
         grams = bleu([truth[j] for j in i], [written[j] for j in i])
         found |= {f"BLEU-{n}": value for n, value in enumerate(grams, 1)}
-        found |= {"ROUGE-L": rouge[i].mean()} | {
-            name: counts[i, 2].sum() / max(1, counts[i, 1].sum())
-            for name, counts in details.items() if counts[:, 1].any()}
-        each = f1_scores(a[i] == 1, b[i] == 1)["per_class"]
-        return found | {f"F1 {CLASSES[j]} ({(a[:, j] == 1).sum()})": each[j]
-                        for j in np.flatnonzero((a == 1).any(0))}
+        found |= {"ROUGE-L": rouge[i].mean()}
+        found |= {name: counts[i, 2].sum() / max(1, counts[i, 1].sum())
+                  for name, counts in details.items() if counts[:, 1].any()}
+        each, known = scores["F1-14"]["per_class"], positive[0].sum(0)
+        return found | {f"F1 {CLASSES[j]} ({known[j]})": each[j] for j in np.flatnonzero(known)}
     return with_intervals(figures, len(truth))
 
 
@@ -524,23 +517,22 @@ def image_scores(real: np.ndarray, fake: np.ndarray) -> dict[str, list[float]]:
         found = {"FD": frechet_distance(real[i], fake[i]), "KD": kernel_distance(real[i], fake[i])}
         return found | (prdc(real[i], fake[i]) if len(i) > 5 else {})
     found = with_intervals(figures, len(real), 20, centred=True) if len(real) > 1 else {}
-    for k in found.keys() & {"precision", "recall", "coverage"}:
-        found[k] = np.clip(found[k], 0, 1).tolist()         # what centring may move out of range
-    return found
+    bounded = found.keys() & {"precision", "recall", "coverage"}     # centring may move them out
+    return found | {k: np.clip(found[k], 0, 1).tolist() for k in bounded}
 
 
 @torch.no_grad()
 def features(encoder, images: np.ndarray) -> np.ndarray:
     """uint8 images (n, h, w) -> (n, d), float64."""
-    parts = [encoder.summary(some) for some in tensors(images, encoder.pos_embed.device)]
-    return torch.cat(parts).double().cpu().numpy()
+    parts = torch.from_numpy(images).to(encoder.pos_embed.device).split(32)
+    return torch.cat([encoder.summary(some) for some in parts]).double().cpu().numpy()
 
 
 @torch.no_grad()
 def reconstruction(model: UniX, images: np.ndarray) -> dict[str, list[float]]:
     """PSNR in dB of uint8 images (n, s, s) through the autoencoder and back; mean over images."""
     each, vae = [], model.vae
-    for some in tensors(images, model.device):
+    for some in torch.from_numpy(images).to(model.device).split(32):
         back = to_uint8(vae.decode(vae.latents(vae.moments(vae_pixels(some)))))[:, 0]
         each.append((some.double() - back).square().mean((1, 2)).cpu())
     each = (10 * torch.log10(255 ** 2 / torch.cat(each))).numpy()
@@ -554,23 +546,22 @@ class Evaluation:
     def __init__(self, args):
         model = self.model = open_model(args)
         self.args, self.size = args, args.size or model.config.resolution
-        self.generates = model.vae is not None and bool(model.llm2vae.weight.any())
-        if not self.generates:
-            for name in sorted(args.given & {"points", "guidance", "eta", "shift", "seed", "judge",
-                                             "best_of", "features"}):
-                raise UserError(f"--{name.replace('_', '-')} changes nothing, as {args.weights} "
-                                "cannot generate yet; leave it out, or run train.py --stage 2")
-        self.how = settings(args, model) if self.generates else {}
+        self.how = {}                           # empty: these weights cannot generate yet
+        if model.vae is not None and model.llm2vae.weight.any():
+            self.how = settings(args, model)
+        elif idle := sorted(args.given & (SAMPLING - {"size"} | {"judge", "best_of", "features"})):
+            raise UserError(f"--{idle[0].replace('_', '-')} changes nothing, as {args.weights} "
+                            "cannot generate yet; leave it out, or run train.py --stage 2")
         self.encoder = load_rad_dino(args.features).to(model.device) if args.features else model.vit
         self.judge = args.judge and open_model(argparse.Namespace(
-            **{**vars(args), "weights": args.judge}))
+            **vars(args) | {"weights": args.judge}))
         self.data = open_data(args.data, args.split, max(self.size, model.config.vit_image))
-        config, home = Path(args.weights, "config.json").resolve(), Path(args.weights).resolve()
+        home = Path(args.weights).resolve()
         self.out = Path(args.out or (Path("runs") if home == SHIPPED else home) / "evaluation")
         self.out.mkdir(parents=True, exist_ok=True)
-        about, origin = self.out / "origin.json", json.dumps([
-            str(config), config.stat().st_mtime, self.data.fingerprint(), args.size, args.seed,
-            args.precision, self.how])
+        about, config = self.out / "origin.json", home / "config.json"
+        origin = json.dumps([str(config), config.stat().st_mtime, self.data.fingerprint(),
+                             args.size, args.seed, args.precision, self.how])
         if not about.exists() or about.read_text(errors="replace") != origin:
             for old in [*self.out.glob("images/*/*.png"), *self.out.glob("*.csv")]:
                 old.unlink()
@@ -578,51 +569,59 @@ class Evaluation:
                 temporary.write_text(origin)
 
     def reports(self, name: str, images: np.ndarray, truth: dict[str, str]) -> list[str]:
-        """Reports that the model writes of uint8 images (n, h, w); truth: index -> true report.
-        Kept in a table with the columns that CheXbert's tools read; rows there are used."""
-        file, done = self.out / name, {}
+        """The model's reports of uint8 images (n, h, w); truth: index -> true report. They are kept
+        in a table with the columns that CheXbert's tools read. What is there is used."""
+        file, columns, done = self.out / name, ["index", "Report Impression", "Ground Truth"], {}
         if file.exists():
-            csv.field_size_limit(10**9)                 # reports may be long
-            with open(file, newline="", encoding="utf-8", errors="replace") as f:
-                done = {row["index"]: row["Report Impression"] for row in csv.DictReader(f)
-                        if row["Ground Truth"] == truth.get(row["index"], "")}
-        missing = [(n, i) for n, i in enumerate(truth) if i not in done]
+            rows = table(file, [name.lower() for name in columns], Dropped())
+            done = {i: text for i, text, true in rows if truth.get(i) == true}
+        missing = [(i, n) for n, i in enumerate(truth) if i not in done]
         for some in tqdm([*chunks(missing, 32)], desc=name, unit="batch"):
-            rows, indices = zip(*some)
+            indices, rows = zip(*some)
             done |= zip(indices, read(self.model, images[[*rows]]))
             with atomic(file) as temporary, open(temporary, "w", newline="", encoding="utf-8") as f:
-                table = csv.writer(f)
-                table.writerow(("index", "Report Impression", "Ground Truth"))
-                table.writerows((i, done[i], truth[i]) for i in truth if i in done)
+                csv.writer(f).writerows(
+                    [columns, *([i, done[i], truth[i]] for i in truth if i in done)])
         return [done[i] for i in truth]
 
     def images(self, kind: str, wanted: dict[str, tuple[str, int]]) -> np.ndarray:
-        """Images by name, each of a text and a seed -> uint8 (n, h, w). Images there are used."""
-        folder = self.out / "images" / kind
-        folder.mkdir(parents=True, exist_ok=True)
-        missing = [k for k in wanted if not (folder / f"{k}.png").exists()]
+        """Images by name, each of a text and a seed -> uint8 (n, h, w). What is there is used."""
+        files = {name: self.out / "images" / kind / f"{name}.png" for name in wanted}
+        (self.out / "images" / kind).mkdir(parents=True, exist_ok=True)
+        missing = [name for name, file in files.items() if not file.exists()]
         for some in tqdm([*chunks(missing, 16)], desc=f"images of {kind}", unit="batch"):
-            texts, seeds = zip(*(wanted[k] for k in some))
+            texts, seeds = zip(*(wanted[name] for name in some))
             made = self.model.generate(texts, self.args.size, seeds, **self.how)[:, 0]
-            for k, image in zip(some, made.cpu().numpy()):
-                save_image(image, folder / f"{k}.png")
-        return np.stack([read_image(folder / f"{k}.png") for k in wanted])
+            for name, image in zip(some, made.cpu().numpy()):
+                save_image(image, files[name])
+        return np.stack([*map(read_image, files.values())])
 
-    def round_trip(self, kind: str, prompts: dict[str, str]) -> tuple:
-        """Is what an image was generated from read back from it? prompts: index -> text.
-        -> the best image of each (n, h, w), its report, {figure: [value, low, high]}."""
-        args, count = self.args, self.args.best_of or 1
-        wanted = {f"{i}-{k}" if k else i: (text, args.seed + int(i) + k * 1_000_000)
+    def round_trip(self, kind: str, prompts: dict[str, str], real: np.ndarray, written: list[str]):
+        """Is what an image was generated from read back from it? Tables 3 and 4 for texts by index,
+        and a sheet; `real`, `written`: the true images (n, h, w) and what is read from them."""
+        count, asked, tables = self.args.best_of or 1, [*prompts.values()], {}
+        wanted = {f"{i}-{k}" if k else i: (text, self.args.seed + int(i) + k * 1_000_000)
                   for i, text in prompts.items() for k in range(count)}
         texts, images = [text for text, _ in wanted.values()], self.images(kind, wanted)
         back = self.reports(f"generated-{kind}.csv", images, dict(zip(wanted, texts)))
-        best, asked = best_of(count, texts, back), [*prompts.values()]
-        back, images, table = [back[i] for i in best], images[best], {}
+        best = best_of(count, texts, back)
+        images, back = images[best], [back[i] for i in best]
+        if kind == "reports":
+            which = "RAD-DINO, class token" if self.args.features else \
+                "our image encoder, mean of patches"
+            tables[f"generation, features: {which}"] = image_scores(
+                features(self.encoder, real), features(self.encoder, images))
         readers = {"": back} | ({", second reader": read(self.judge, images)} if self.judge else {})
-        for name, reports in readers.items():
-            table |= {k + name: v for k, v in report_scores(asked, reports).items() if
-                      k in ("micro F1-14", "macro F1-14") or re.match("sides|severity|F1 ", k)}
-        return images, back, table
+        scores = {k + name: v for name, reports in readers.items()
+                  for k, v in report_scores(asked, reports).items()
+                  if re.match("(micro|macro) F1-14$|sides|severity|F1 ", k)}
+        scores["micro F1-14 of the true images (ceiling)"] = report_scores(
+            asked, written)["micro F1-14"]
+        cells = [image for pair in zip(real[:8], images) for image in pair]
+        lines = [line for a, b in zip(asked, back[:8]) for line in (
+            f"TRUE IMAGE\n{a}", f"GENERATED, AND READ AS\n{b}")]
+        sheet([square(c, images.shape[1]) for c in cells], lines, 4, self.out / f"{kind}.png")
+        return tables | {f"round trip of {kind}: generated images read back": scores}
 
     def hearts(self, count=20) -> dict[str, list[float]]:
         """Share of noise seeds whose heart widens from normal to mildly to severely enlarged."""
@@ -632,55 +631,37 @@ class Evaluation:
         rises, name = (np.diff(widths, axis=0) > 0).all(0), "normal < mild < severe, share of seeds"
         return with_intervals(lambda i: {name: rises[i].mean()}, count)
 
-    def generation(self, samples: dict, real: np.ndarray, written: list[str]) -> dict:
-        """Table 3, and round trips of whole captions and of their impressions alone."""
-        found, captions = {}, {i: s["caption"] for i, s in samples.items()}
-        for kind, prompts in {"reports": captions, "impressions": {
-                i: impression(text) for i, text in captions.items()}}.items():
-            fake, back, table = self.round_trip(kind, prompts)
-            table["micro F1-14 of the true images (ceiling)"] = report_scores(
-                [*prompts.values()], written)["micro F1-14"]
-            if kind == "reports":
-                how = "RAD-DINO, class token" if self.args.features else \
-                    "our image encoder, mean of patches"
-                found[f"generation, features: {how}"] = image_scores(
-                    features(self.encoder, real), features(self.encoder, fake))
-            found[f"round trip of {kind}: generated images read back"] = table
-            cells = [image for t, f in zip(real[:8], fake) for image in (square(t, len(f)), f)]
-            lines = [text for asked, read in zip(prompts.values(), back[:8]) for text in (
-                f"TRUE IMAGE\n{asked}", f"GENERATED, AND READ AS\n{read}")]
-            sheet(cells, lines, 4, self.out / f"{kind}.png")
-        if self.args.data == "phantom":
-            found["severity of the heart"] = self.hearts()
-        return found
-
 
 def evaluate(args):
     """Both tables on held-out images; prints them, writes metrics.json, reports and images."""
     run = Evaluation(args)
-    model, data = run.model, run.data
+    vae, data = run.model.vae, run.data
     samples = [data[i] for i in tqdm(range(min(args.samples, len(data))), desc="true images")]
     samples = {str(s["index"]): s for s in samples}     # one that replaces another is one
     real = np.stack([s["image"] for s in samples.values()])
     truth = {i: s["report"] for i, s in samples.items()}
     written = run.reports("predictions.csv", real, truth)
     metrics = {"understanding": report_scores([*truth.values()], written)}
-    if model.vae is not None:
+    if vae is not None:
         metrics["autoencoder"] = {}
-        for side in (s for s in (run.size // 2, run.size) if s % model.vae.factor == 0):
+        for side in (s for s in (run.size // 2, run.size) if s % vae.factor == 0):
             data.size = max(side, 64)                   # no phantom is smaller
             small = np.stack([square(data[int(i)]["image"], side) for i in [*samples][:100]])
-            metrics["autoencoder"] |= reconstruction(model, small)
-    if run.generates:
-        metrics |= run.generation(samples, real, written)
+            metrics["autoencoder"] |= reconstruction(run.model, small)
+    if run.how:
+        for kind, shorten in (("reports", str), ("impressions", impression)):
+            prompts = {i: shorten(s["caption"]) for i, s in samples.items()}
+            metrics |= run.round_trip(kind, prompts, real, written)
+        if args.data == "phantom":
+            metrics["severity of the heart"] = run.hearts()
     for line in data.dropped.lines():
         print(f"note: {line}")
     if (args.best_of or 1) > 1:
         print(f"note: the reader that chose the best of {args.best_of} images also scores them"
               + "; --judge WEIGHTS adds a second reader" * (not args.judge))
-    for name, table in metrics.items():
+    for name, scores in metrics.items():
         print(f"\n{name} ({len(samples)} images of {args.data}, {args.split} split; 95% interval)")
-        for k, (value, low, high) in table.items():
+        for k, (value, low, high) in scores.items():
             print(f"  {k:42}{value:9.3f}  [{low:.3f}, {high:.3f}]")
     with atomic(run.out / "metrics.json") as temporary:
         temporary.write_text(json.dumps({"samples": len(samples), **metrics}, indent=1))

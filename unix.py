@@ -314,6 +314,7 @@ class UniX(nn.Module):
             model = UniX(config)
         if not any("_moe_gen." in k for k in weights):
             fill_missing(weights, model)
+        weights.setdefault(released("positions"), position_table(config.latent_side, config.width))
         load_strict(model, weights, dtype, folder)
         model.tokenizer = Tokenizer.load(tokenizer) if tokenizer.exists() else None
         for name in (about.get("vae_config.path", ""), about.get("vae_path", ""),
@@ -336,23 +337,19 @@ def released(name: str) -> str:
     return name
 
 
+def fill(part, values):
+    """A part of released.toml, with values.width where it says "$width"."""
+    if isinstance(part, dict):
+        return {k: fill(v, values) for k, v in part.items()}
+    return getattr(values, part[1:]) if str(part).startswith("$") else part
+
+
 def config_json(model: UniX) -> dict:
     """The released config.json for a model, with what only we need under "ours"."""
-    c, vae = model.config, model.vae
-
-    def filled(part):       # "$width" -> c.width
-        if isinstance(part, dict):
-            return {k: filled(v) for k, v in part.items()}
-        return getattr(c, part[1:]) if str(part).startswith("$") else part
-    about = filled(RELEASED["config"])
+    about = fill(RELEASED["config"], model.config)
     about["llm_config"] = about["language_config"] | about["llm_config"]
-    about["vit_max_num_patch_per_side"] = c.vit_image // c.vit_patch
-    if vae is not None:
-        about["vae_path"] = "vae/model.safetensors"
-        about["vae_config"] = {"path": about["vae_path"], "downsample": vae.factor, "z_channels":
-                               vae.channels, "embed_dim": vae.channels,
-                               **{k: getattr(vae, ours) for k, (ours, *_) in UNITS.items()}}
-    return about
+    about["vit_max_num_patch_per_side"] = model.vit.image // model.vit.patch
+    return about | (fill(RELEASED["autoencoder"], model.vae) if model.vae is not None else {})
 
 
 def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
@@ -360,15 +357,14 @@ def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
     UserError: a tensor is missing or cut, a setting is of the wrong kind."""
     def size(ours: str, axis: int, default=None) -> int:
         shape = weights[released(ours)].shape if released(ours) in weights else ()
-        if len(shape) > axis and shape[axis]:
-            return shape[axis]
-        if default is None:
+        found = shape[axis] if len(shape) > axis and shape[axis] else default
+        if found is None:
             raise UserError(f"{about.file.parent}: tensor {released(ours)} is missing or cut; "
                             "download the folder again")
-        return default
+        return found
 
-    def count(prefix: str) -> int:
-        return len({m[1] for m in (re.match(prefix + r"(\d+)\.", k) for k in weights) if m})
+    def count(blocks: str) -> int:
+        return len({k.split(".")[3] for k in weights if k.startswith(blocks)})
     text = "language_config" if about.get("language_config", {}) else "llm_config"
     sampling, layer, base = "inference_config.generation", "lm.tower.layers.0.und.", Config()
     sizes = {ours: size(*at) for ours, at in RELEASED["sizes"].items()}
@@ -393,8 +389,8 @@ def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
     return Config(
         **sizes, vit_heads=vit_heads, heads=rows // head_dim, head_dim=head_dim,
         vit_image=sizes["vit_patch"] * math.isqrt(size("vit.pos_embed", 1)),
-        vit_layers=count(r"vit_model\.vision_tower\.blocks\."),
-        layers=count(r"language_model\.model\.layers\."),
+        vit_layers=count("vit_model.vision_tower.blocks."),
+        layers=count("language_model.model.layers."),
         kv_heads=size(layer + "k_proj.weight", 0) // head_dim,
         max_tokens=about.get(f"{text}.max_position_embeddings", base.max_tokens, 1),
         latent_side=math.isqrt(size("positions", 0, base.latent_side ** 2)),
@@ -425,9 +421,6 @@ def fill_missing(weights: dict[str, Tensor], model: UniX):
 def load_strict(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, folder: Path):
     """Moves tensors of official names into a model on the meta device. Raises UserError."""
     state = {released(k): v for k, v in model.state_dict().items()}
-    table = released("positions")
-    if table in state and table not in weights:             # it is a constant
-        weights[table] = position_table(model.config.latent_side, model.config.width)
     wrong = [f"missing: {k}" for k in state.keys() - weights.keys()]
     wrong += [f"unexpected: {k}" for k in weights.keys() - state.keys()]
     wrong += [f"wrong shape: {k} is {list(weights[k].shape)}, not {list(v.shape)}"
