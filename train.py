@@ -379,7 +379,7 @@ class Trainer:
             raise NotFinite(f"step {self.step}: the loss is not finite ({logged}); {kept}. Try a "
                             f"lower --lr than {self.stage.lr}")
 
-    # ------------------------------------------------------------ the loop
+    # ------------------------------------------------------------ the loop (you need not read on)
 
     def stream(self):
         """Batches from this step on. Stage 0 takes fifteen batches of images at its resolution,
@@ -501,7 +501,7 @@ class Trainer:
             if self.step >= self.stage.steps:
                 with atomic(self.file) as temporary:
                     torch.save(note, temporary)
-        except (UserError, OSError, RuntimeError) as e:     # torch says RuntimeError for a full disk
+        except (UserError, OSError, RuntimeError) as e:     # the last: torch, of a full disk
             kept = f"step {self.saved_step} is kept" if self.file.exists() else "nothing is saved"
             raise NotSaved(f"could not save step {self.step} in {self.out} (is the disk full? {e}); "
                            f"{kept}: make room, then run the same command") from None
