@@ -503,8 +503,8 @@ class Trainer:
                     torch.save(note, temporary)
         except (UserError, OSError, RuntimeError) as e:     # the last: torch, of a full disk
             kept = f"step {self.saved_step} is kept" if self.file.exists() else "nothing is saved"
-            raise NotSaved(f"could not save step {self.step} in {self.out} (is the disk full? {e}); "
-                           f"{kept}: make room, then run the same command") from None
+            raise NotSaved(f"could not save step {self.step} in {self.out} (disk full? {e}); {kept}"
+                           ": make room, then run the same command") from None
 
     @torch.no_grad()
     def save_weights(self):

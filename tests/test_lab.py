@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -97,17 +98,18 @@ import sys, torch
 sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import train
 from pathlib import Path
-options = train.Options(**{options!r})
-stage = train.STAGES[options.preset][options.stage]
-stage = train.replace(stage, batch=options.batch_size, steps=2)
 procs = train.Processes()
-trainer = train.set_up(options, stage, procs, Path(options.out))
-for optimizer in trainer.optimizers:
-    optimizer.step = optimizer.zero_grad = lambda: None
-logged = trainer.train_step(next(trainer.stream()))
-found = {{k: p.grad for k, p in trainer.trainable.items() if p.grad is not None}}
-if procs.rank == 0:
-    torch.save([logged, found], {file!r})
+for about in {options!r}:
+    options = train.Options(**about)
+    stage = train.STAGES[options.preset][options.stage]
+    stage = train.replace(stage, batch=options.batch_size, steps=2)
+    trainer = train.set_up(options, stage, procs, Path(options.out))
+    for optimizer in trainer.optimizers:
+        optimizer.step = optimizer.zero_grad = lambda: None
+    logged = trainer.train_step(next(trainer.stream()))
+    found = {{k: p.grad for k, p in trainer.trainable.items() if p.grad is not None}}
+    if procs.rank == 0:
+        torch.save([logged, found], options.out + "/found")
 """
 
 
@@ -131,26 +133,33 @@ def begun(folder, tmp_path_factory) -> Path:
     return out
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_processes_equal_one(folder, begun, tmp_path, stage):
-    """Five images, so two and three; two parts each; reports of different lengths. Latents are
-    computed by both."""
-    found, latents = [], []
+@pytest.fixture(scope="module")
+def steps_of_one_and_two(folder, begun, tmp_path_factory) -> Path:
+    """DIR/WORLD/STAGE/found: what a step of a stage logs, and its gradients, in one and in two
+    processes."""
+    root = tmp_path_factory.mktemp("processes")
     for world in (1, 2):
-        out = tmp_path / str(world)
-        subprocess.run(["cp", "-r", begun, out], check=True)
-        for old in [*out.glob(f"stage{stage}.pt"), *out.glob("latents-*")]:
-            old.unlink()
-        o = dict(stage=stage, data=str(folder), out=str(out), batch_size=5, accumulate=2,
-                 precision="fp32")
-        code = GRADIENTS.format(root=str(ROOT), options=o, file=str(out / "found"))
-        runs = start([sys.executable, "-c", code], world)
-        for run in runs:
+        for stage in (1, 2, 3):
+            out = root / str(world) / str(stage)
+            shutil.copytree(begun, out)
+            for old in [*out.glob(f"stage{stage}.pt"), *out.glob("latents-*")]:
+                old.unlink()
+        about = [dict(stage=stage, data=str(folder), out=str(root / str(world) / str(stage)),
+                      batch_size=5, accumulate=2, precision="fp32") for stage in (1, 2, 3)]
+        code = GRADIENTS.format(root=str(ROOT), options=about)
+        for run in start([sys.executable, "-c", code], world):
             said = run.communicate(timeout=300)[1]
             assert run.returncode == 0, said
-        found.append(torch.load(out / "found"))
-        latents.append([train.np.load(f) for f in sorted(out.glob("latents-*.npy"))])
-    (logged, one), (logged_two, two) = found
+    return root
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_two_processes_equal_one(steps_of_one_and_two, stage):
+    """Five images, so two and three; two parts each; reports of different lengths. Latents are
+    computed by both."""
+    outs = [steps_of_one_and_two / str(world) / str(stage) for world in (1, 2)]
+    (logged, one), (logged_two, two) = (torch.load(out / "found") for out in outs)
+    latents = [[train.np.load(f) for f in sorted(out.glob("latents-*.npy"))] for out in outs]
     assert one.keys() == two.keys() and logged.keys() == logged_two.keys()
     for k in one:
         assert (one[k] - two[k]).abs().max() <= 1e-5 * max(1, one[k].abs().max()), k
