@@ -11,7 +11,7 @@ from torch import nn
 import train
 from data import UserError
 from phantoms import write_phantoms
-from train import STAGES, Options, Ours, Processes, Stage
+from train import STAGES, Muon, Options, Ours, Processes, Stage
 from unix import load_vae, read_safetensors
 
 
@@ -207,3 +207,70 @@ def test_flags_that_could_change_nothing_are_refused(read, folder, tmp_path):
         train.run(options(folder, tmp_path / "new", 1, share_layers=9))
     with pytest.raises(UserError, match="--accumulate 5: a batch has only 4"):
         train.run(options(folder, tmp_path / "new", 1, accumulate=5))
+
+
+def test_muon_equals_torchs():
+    """torch.optim.Muon does the same in bf16: three steps of gradients that differ."""
+    rng = torch.Generator().manual_seed(0)
+    for shape in ((12, 30), (30, 12)):
+        ours, theirs = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
+        optimizers = Muon([ours], 0.1), torch.optim.Muon(
+            [theirs], lr=0.1, momentum=0.95, weight_decay=0, nesterov=True, ns_steps=3)
+        for _ in range(3):
+            before = [p.detach().clone() for p in (ours, theirs)]
+            ours.grad = torch.randn(shape, generator=rng)
+            theirs.grad = ours.grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+            steps = [p.detach() - old for p, old in zip((ours, theirs), before)]
+            assert (steps[0] - steps[1]).norm() < 0.03 * steps[1].norm()
+
+
+def test_matrices_inside_the_networks_go_to_muon_in_tiny_alone(folder, tmp_path):
+    """Not embeddings, heads and vectors, and nothing in the paper's preset."""
+    trainer = started(folder, tmp_path, 1, train.replace(STAGES["tiny"][1], batch=4))
+    adamw, muon = ({id(p) for group in o.param_groups for p in group["params"]}
+                   for o in trainer.optimizers)
+    for name, p in trainer.trainable.items():
+        inside = p.dim() > 1 and not any(x in name for x in ("embed_tokens", "lm_head", "pos_embed"))
+        assert id(p) in (muon if inside else adamw) and not id(p) in adamw & muon, name
+    assert trainer.optimizers[1].defaults["lr"] == STAGES["tiny"][1].ours.muon
+
+
+def test_stage_0(folder, tmp_path):
+    """Every 16th batch is twice as large; the pull to N(0, 1) is light; the loss is a mean."""
+    trainer = started(folder, tmp_path, 0, train.replace(STAGES["tiny"][0], batch=2, steps=20))
+    stream = trainer.stream()
+    sizes = [next(stream)["image"].shape[1:] for _ in range(18)]
+    assert sizes == [(64, 64)] * 15 + [(128, 128)] + [(64, 64)] * 2
+    trainer.step = 14
+    assert [next(x)["image"].shape[1] for x in [trainer.stream()] * 3] == [64, 128, 64]
+    trainer.step = 0
+    batch = next(trainer.stream())
+    weights = trainer.loss_weights(batch, trainer.randomness(0))
+    assert weights["mse"] == 1 / 2 and math.isclose(weights["kl"], 1e-5 / 2)
+
+
+def test_random_numbers_depend_on_seed_stage_and_step(folder, tmp_path):
+    rows = train.replace(STAGES["tiny"][1], batch=4)
+    trainer = started(folder, tmp_path, 1, rows)
+    first = trainer.randomness(3)["time"]
+    assert torch.equal(first, trainer.randomness(3)["time"])
+    seen = [first, trainer.randomness(4)["time"]]
+    for change in ({"stage": 3}, {"seed": 1}):
+        trainer.options = train.replace(trainer.options, **{"stage": 1, "seed": 0} | change)
+        seen.append(trainer.randomness(3)["time"])
+    assert len({tuple(x.tolist()) for x in seen}) == 4
+
+
+def test_latents_are_sampled_anew_in_each_step(read, folder, tmp_path):
+    """x0 is a sample of the autoencoder's distribution, not its mean."""
+    row = train.replace(STAGES["tiny"][2], batch=4, repa_weight=0.0)
+    trainer = started(folder, tmp_path, 2, row, read)
+    batch, random, seen = next(trainer.stream()), trainer.randomness(0), []
+    trainer.model.flow_loss = lambda x0, *_: seen.append(x0) or (x0.flatten(1).mean(1), None)
+    for z in (random["z"], random["z"] + 1):
+        trainer.losses(batch, random | {"z": z})
+    mean, logvar = batch["moments"].chunk(2, dim=1)
+    want = trainer.vae.scale * (0.5 * logvar).exp()
+    torch.testing.assert_close(seen[1] - seen[0], want, atol=1e-4, rtol=1e-3)
