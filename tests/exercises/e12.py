@@ -23,9 +23,11 @@ read, but not learned. Two functions share the work.
 logits of them, and labels `(b, l)`. A label is the token that **this** position must predict, so
 nothing is left to shift; -100 says "no loss here". Return two values: the **sum** of the cross
 entropy over all positions with a label, and the number of these positions. Not a mean: reports have
-different lengths, and the parts of a batch are added up later and divided once. Compute only the
-logits that are needed (a vocabulary has 102,400 words), and in fp32. With no label at all, the sum
-is 0.
+different lengths, and the parts of a batch are added up later and divided once. Both are tensors
+without dimensions, so that they can be added up over devices. Hidden states and `head` may be bf16:
+apply `head` as it is, then turn the logits into fp32 before the cross entropy. With no label at
+all, the sum is 0. Compute only the logits that are needed: a vocabulary has 102,400 words. (That
+saves memory and is not judged.)
 
 `understanding_loss(self, pixels, prompts, reports)` builds the sequences. Prompts and reports are
 lists of token lists, without markers; `self.wrap(ids)` puts BOS and EOS around one. Return what
@@ -35,12 +37,13 @@ lists of token lists, without markers; `self.wrap(ids)` puts BOS and EOS around 
     labels   .   .  .   .  r1 r2 EOS  .     "." = no loss (unix.NO_LOSS, which is -100)
 
 EOS is learned: a model that never saw it never stops. BOS of the report is not: it is always given.
-`prompts` and `pixels` may be None: a report is then read alone (`BOS r1 r2 EOS`), as captions are.
+`prompts` and `pixels` may be None, both together: a report is then read alone (`BOS r1 r2 EOS`), as
+captions are.
 
 What there is: `self.pad(rows, value)` turns lists into a tensor `(b, l)`, padded on the right, and
-the lengths `(b,)`; `self.embed_image(pixels)` is the image block; `self.lm.read_text(tokens,
-length, image)` returns the hidden states of the text and a context that is not needed here;
-`self.lm.lm_head` is the head.
+the lengths `(b,)` (without a `value` it pads with EOS; labels need another). `self.embed_image(
+pixels)` is the image block; `self.lm.read_text(tokens, length, image)` returns the hidden states of
+the text and a context that is not needed here; `self.lm.lm_head` is the head.
 """
 HINTS = (
     "Write the two rows of the table for the second sample of your batch, with its padding.",
@@ -184,6 +187,9 @@ def mistakes(model, pixels, prompts, reports) -> dict[str, float]:
         start, last = min(labels), len(tokens) - 1
         add("each position must predict the next token: labels are not shifted, so it predicts "
             "what it sees", [(at + 1, token) for at, token in labels.items()])
+        add("each position must predict the next token: the labels are the report as it is read, "
+            "with its BOS and not shifted",
+            [(start, tokens[start]), *((at + 1, token) for at, token in labels.items())])
         add("each position must predict the next token, not the one after it",
             [(at - 1, token) for at, token in labels.items()])
         add("EOS must be learned: the label of a report's last token is EOS",

@@ -25,9 +25,11 @@ tokens of minus the cosine between a state and the feature at its place.
 
 Both cover the whole image, so the teacher's square is resized to `(h, w)` **as an image**, with
 rows and columns: by the average of the area that a token covers where tokens are coarser than the
-teacher's patches (`h` smaller than the side), and by bilinear interpolation where they are finer.
-If the grids are equal, nothing is resized. `F.interpolate` does both (`mode="area"`,
-`mode="bilinear"`). States may be bf16; take the cosine in fp32.
+teacher's patches, and by bilinear interpolation where they are finer (`h` decides for both axes: it
+is smaller than the side, or it is not). If the grids are equal, nothing is resized. `F.interpolate`
+does both (`mode="area"`, `mode="bilinear"` with centres on centres, its default). Resize features
+as they are; only the cosine normalises. Features are fp32; states may be bf16, so take the cosine
+in fp32. The teacher is frozen, so its features carry no gradient to detach.
 
 The released code has two faults here. It stretches the list of features from 256 to 1369 entries
 along the raster line, so that states are compared with features of other rows. And it divides by
