@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from collections import Counter
@@ -55,6 +56,7 @@ def attempt(command: list, out: Path, moment=math.inf, step=math.inf, bar="stage
     """Runs a command, and kills it after `moment` ticks or when `bar` is at `step`; `writing`: then
     waits until it writes a file."""
     said, (master, slave) = out.with_suffix(".txt"), pty.openpty()     # bars need a terminal
+    termios.tcsetwinsize(slave, (24, 200))      # a bar in a terminal of no width is empty
     said.write_text("")
     run = subprocess.Popen(command, stderr=slave, stdout=subprocess.DEVNULL, cwd=ROOT,
                            env=os.environ | {"OMP_NUM_THREADS": "1"})

@@ -225,7 +225,7 @@ def show(lib):
     dropped = c.drop(torch.tensor([True, False])).mask(4)
     gone = every if dropped is None else dropped[0, 0, 0]
     rows = {"with its caption": weights(keys, every), "caption dropped": weights(keys, gone),
-            "if keys were zeroed": weights(keys * 0, every)}
+            "keys set to zero": weights(keys * 0, every)}
     table = pictures.matrix(torch.stack(list(rows.values())), list(rows), names, 26, high=0.5)
     lost = {name: w[:5].sum().item() for name, w in rows.items()}
     return pictures.stack([
