@@ -38,7 +38,6 @@ class Ours:
     muon: float = 0.0           # learning rate of matrices under Muon; 0: AdamW for all
     images: int = 0             # number of images taken from an endless set; 0: all
     time_shift: float = 1.0     # of training times to noise; falls to 1 in the last 70% of steps
-    text_only: float = 0.0      # share of reports that stage 1 learns as captions, without an image
 
 
 @dataclass
@@ -63,8 +62,7 @@ STAGES = {
     },
     "tiny": {   # the same on a laptop; sizes keep the paper's ratios
         0: Stage("vae", 64, 2e-3, 50, 2_000, 2, ours=Ours(decay=0.4, muon=0.02)),
-        1: Stage("understanding", 96, 2e-3, 50, 4_600, 16,
-                 ours=Ours(decay=0.4, muon=0.005, text_only=0.125)),
+        1: Stage("understanding", 96, 2e-3, 50, 4_000, 16, ours=Ours(decay=0.4, muon=0.005)),
         2: Stage("generation", 64, 2e-3, 50, 5_000, 16, 0.5,
                  Ours(ema=0.998, decay=1.0, muon=0.02, images=8_192, time_shift=8.0)),
         3: Stage("generation", 128, 2e-3, 0, 9_000, 16,
@@ -278,8 +276,7 @@ class Trainer:
         shift = self.stage.ours.time_shift ** min(1.0, (1 - step / self.stage.steps) / 0.7)
         random = {"drop": torch.rand(b, generator=rng) < CAPTION_DROPOUT,
                   "time": sample_time(b, rng, shift),
-                  "prompt": torch.randint(len(INSTRUCTIONS), (b,), generator=rng),
-                  "alone": torch.rand(b, generator=rng) < self.stage.ours.text_only}
+                  "prompt": torch.randint(len(INSTRUCTIONS), (b,), generator=rng)}
         if self.stage.trains != "understanding":
             side = self.stage.pixels // self.vae.factor * (2 if self.stage.trains == "vae" else 1)
             for name in ("eps", "z"):
@@ -305,18 +302,11 @@ class Trainer:
         return found
 
     def report_losses(self, batch: dict, random: dict) -> dict[str, Tensor]:
-        """Eq. 1, summed over the tokens of the reports. Some reports (ours) are read as captions
-        are in stages 2 and 3: alone, without an image. The paper's language model knows text."""
+        """Eq. 1, summed over the tokens of the reports."""
         prompts = [self.model.ids(INSTRUCTIONS[i]) for i in random["prompt"].tolist()]
         reports = [self.model.ids(text) for text in batch["report"]]
-        alone, total = random["alone"], 0
-        for rows in (~alone).nonzero()[:, 0], alone.nonzero()[:, 0]:
-            if len(rows):
-                pixels = vit_pixels(batch["image"][rows].to(self.device))
-                total = total + self.model.understanding_loss(
-                    *((None, None) if alone[rows[0]] else (pixels, [prompts[i] for i in rows])),
-                    [reports[i] for i in rows])[0]
-        return {"text": total}
+        pixels = vit_pixels(batch["image"].to(self.device))
+        return {"text": self.model.understanding_loss(pixels, prompts, reports)[0]}
 
     def flow_losses(self, batch: dict, random: dict) -> dict[str, Tensor]:
         """Eq. 2 and, in stage 2, REPA's loss, summed over images."""
