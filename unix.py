@@ -176,18 +176,15 @@ class UniX(nn.Module):
     # ---- understanding
     def understanding_loss(self, pixels: Tensor, prompts: list, reports: list):
         """Eq. 1 for images (b, 3, H, W) and token lists -> summed loss, number of report tokens.
-        Without images and prompts (None) a report is read alone, as captions are.
 
             tokens  BOS p1 p2 EOS BOS r1 r2 EOS     each position predicts the next token
             labels   .   .  .   .  r1 r2 EOS  .     "." = no loss: image, prompt, padding
         """
-        before = [[]] * len(reports) if prompts is None else [self.wrap(p) for p in prompts]
-        tokens = [p + self.wrap(r) for p, r in zip(before, reports)]
-        labels = [[NO_LOSS] * len(p) + [*r, self.config.eos, NO_LOSS]
-                  for p, r in zip(before, reports)]
+        tokens = [self.wrap(p) + self.wrap(r) for p, r in zip(prompts, reports)]
+        labels = [[NO_LOSS] * (len(p) + 2) + [*r, self.config.eos, NO_LOSS]
+                  for p, r in zip(prompts, reports)]
         (tokens, length), (labels, _) = self.pad(tokens), self.pad(labels, NO_LOSS)
-        image = None if pixels is None else self.embed_image(pixels)
-        hidden, _ = self.lm.read_text(tokens, length, image)
+        hidden, _ = self.lm.read_text(tokens, length, self.embed_image(pixels))
         return report_loss(hidden, self.lm.lm_head, labels)
 
     @torch.no_grad()

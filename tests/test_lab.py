@@ -253,7 +253,7 @@ def counted(options: Options, stage: train.Stage, c, rows: int, text=120) -> flo
         data = SimpleNamespace(maps={"features": torch.empty(1, 1, c.vit_width)})
         trainer = Trainer(options, stage, model, data, procs, Path())
     trainer.by_time, random, side = [], trainer.randomness(0), stage.pixels // model.vae.factor
-    random["alone"][:] = random["drop"][:] = False
+    random["drop"][:] = False
     batch = {"image": torch.zeros(rows, c.vit_image, c.vit_image, dtype=torch.uint8),
              "moments": torch.zeros(rows, 2 * model.vae.channels, side, side),
              "features": torch.zeros(rows, (c.vit_image // c.vit_patch) ** 2, c.vit_width),

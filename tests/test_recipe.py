@@ -177,20 +177,6 @@ def test_requires_grad_is_the_table(read, folder, tmp_path, stage, trained):
         trainer.projector.parameters() if trainer.projector else ())] if p.requires_grad}
 
 
-def test_an_eighth_of_the_reports_is_read_alone(folder, tmp_path):
-    """Those rows see no image and no prompt; all tokens of all reports count."""
-    row = train.replace(STAGES["tiny"][1], batch=4)
-    trainer = started(folder, tmp_path, 1, row)
-    batch, random = next(trainer.stream()), trainer.randomness(0)
-    other = batch | {"image": 255 - batch["image"]}
-    for flags, same in ((torch.ones(4) > 0, True), (torch.zeros(4) > 0, False)):
-        a, b = (trainer.losses(x, random | {"alone": flags})["text"] for x in (batch, other))
-        assert torch.equal(a, b) == same
-    trainer.stage = train.replace(row, batch=20_000)
-    assert abs(trainer.randomness(3)["alone"].float().mean() - 0.125) < 0.01
-    assert STAGES["unix"][1].ours.text_only == 0
-
-
 def test_flags_that_could_change_nothing_are_refused(read, folder, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(read, out)

@@ -37,8 +37,6 @@ lists of token lists, without markers; `self.wrap(ids)` puts BOS and EOS around 
     labels   .   .  .   .  r1 r2 EOS  .     "." = no loss (unix.NO_LOSS, which is -100)
 
 EOS is learned: a model that never saw it never stops. BOS of the report is not: it is always given.
-`prompts` and `pixels` may be None, both together: a report is then read alone (`BOS r1 r2 EOS`), as
-captions are.
 
 What there is: `self.pad(rows, value)` turns lists into a tensor `(b, l)`, padded on the right, and
 the lengths `(b,)` (without a `value` it pads with EOS; labels need another). `self.embed_image(
@@ -67,17 +65,16 @@ def slow_report_loss(hidden, head, labels):
 def sequence(model, prompt, report):
     """Tokens of one sample, and {position: the token it must predict}."""
     c = model.config
-    before = [] if prompt is None else [c.bos, *prompt, c.eos]
-    tokens = [*before, c.bos, *report, c.eos]
-    first = len(before) + 1                     # where the report begins
+    tokens = [c.bos, *prompt, c.eos, c.bos, *report, c.eos]
+    first = len(prompt) + 3                     # where the report begins
     return tokens, {i - 1: tokens[i] for i in range(first, len(tokens))}
 
 
 def slow_understanding_loss(model, pixels, prompts, reports):
     total, count = 0, 0
     for i, report in enumerate(reports):
-        tokens, labels = sequence(model, None if prompts is None else prompts[i], report)
-        image = None if pixels is None else model.embed_image(pixels[i:i + 1])[0]
+        tokens, labels = sequence(model, prompts[i], report)
+        image = model.embed_image(pixels[i:i + 1])[0]
         hidden = oracle.read_tokens(model.lm, tokens, image)
         for at, token in labels.items():
             total = total + oracle.cross_entropy(hidden[at], model.lm.lm_head.weight, token)
@@ -239,17 +236,6 @@ def check_batch(lib, seed):
         "change nothing")
 
 
-def check_alone(lib, seed):
-    """With None for images and prompts a report is read alone, as captions are."""
-    model, _, _, reports = inputs(lib, seed)
-    with torch.no_grad():
-        total, count = pair(model.understanding_loss(None, None, reports), "understanding_loss()")
-        want = float(slow_understanding_loss(model, None, None, reports)[0])
-    assert near(total, want) and count == sum(len(r) + 1 for r in reports), (
-        "with pixels and prompts None a report must be read alone, BOS r1 r2 EOS, and learned: "
-        f"{want:.4f}, not {total:.4f}")
-
-
 def check_gradient(lib, seed):
     """The loss teaches the image encoder, the connector and the language model."""
     model, pixels, prompts, reports = inputs(lib, seed)
@@ -267,15 +253,11 @@ def check_gradient(lib, seed):
 
 def expected(lib):
     def understanding_loss(self, pixels, prompts, reports):
-        before = [[]] * len(reports) if prompts is None else [self.wrap(p) for p in prompts]
-        rows = [sequence(self, None if prompts is None else prompts[i], r)
-                for i, r in enumerate(reports)]
+        rows = [sequence(self, p, r) for p, r in zip(prompts, reports)]
         labels = [[found.get(at, -100) for at in range(len(tokens))] for tokens, found in rows]
         (tokens, length), (labels, _) = self.pad([t for t, _ in rows]), self.pad(labels, -100)
-        image = None if pixels is None else self.embed_image(pixels)
-        assert len(before) == len(rows)
-        return lib.unix.report_loss(self.lm.read_text(tokens, length, image)[0], self.lm.lm_head,
-                                    labels)
+        hidden, _ = self.lm.read_text(tokens, length, self.embed_image(pixels))
+        return lib.unix.report_loss(hidden, self.lm.lm_head, labels)
     return install(lib, {"ar.report_loss": slow_report_loss,
                          "unix.UniX.understanding_loss": understanding_loss})
 
@@ -331,7 +313,7 @@ def report_loss(hidden, head, labels):
 def understanding_loss(self, pixels, prompts, reports):
     c, sequences, starts = self.config, [], []
     for i, report in enumerate(reports):
-        head = [] if prompts is None else [c.bos] + list(prompts[i]) + [c.eos]
+        head = [c.bos] + list(prompts[i]) + [c.eos]
         sequences.append(head + [c.bos] + list(report) + [c.eos])
         starts.append(len(head))
     longest = max(map(len, sequences))
@@ -342,8 +324,7 @@ def understanding_loss(self, pixels, prompts, reports):
         tokens[i, :len(row)] = row
         labels[i, start:len(row) - 1] = row[start + 1:]
     length = torch.tensor([len(s) for s in sequences], device=self.device)
-    image = self.embed_image(pixels) if pixels is not None else None
-    states = self.lm.read_text(tokens, length, image)[0]
+    states = self.lm.read_text(tokens, length, self.embed_image(pixels))[0]
     return report_loss(states, self.lm.lm_head, labels)
 """,
 }
@@ -357,13 +338,12 @@ def _sequence(labels: str, tokens: str = "p + self.wrap(r)", image: str = "self.
               value: str = "NO_LOSS") -> dict:
     return {"unix.UniX.understanding_loss": f"""
 def understanding_loss(self, pixels, prompts, reports):
-    before = [[]] * len(reports) if prompts is None else [self.wrap(p) for p in prompts]
+    before = [self.wrap(p) for p in prompts]
     eos, bos = self.config.eos, self.config.bos
     tokens = [{tokens} for p, r in zip(before, reports)]
     labels = [{labels} for p, r in zip(before, reports)]
     (tokens, length), (labels, _) = self.pad(tokens), self.pad(labels, {value})
-    image = None if pixels is None else {image}
-    hidden, _ = self.lm.read_text(tokens, length, image)
+    hidden, _ = self.lm.read_text(tokens, length, {image})
     return report_loss(hidden, self.lm.lm_head, labels)
 """}
 
@@ -402,8 +382,8 @@ WRONG = {
     "predicts two ahead": _sequence("[NO_LOSS] * (len(p) - 1) + [*r, eos, NO_LOSS, NO_LOSS]"),
     "no EOS": _sequence("[NO_LOSS] * len(p) + [*r, NO_LOSS, NO_LOSS]"),
     "EOS twice": _sequence("[NO_LOSS] * len(p) + [*r, eos, eos]"),
-    "learns BOS": _sequence("[NO_LOSS] * (len(p) - 1) + [bos] * bool(p) + [*r, eos, NO_LOSS]"),
-    "learns the prompt": _sequence("[*p[1:], bos] * bool(p) + [*r, eos, NO_LOSS]"),
+    "learns BOS": _sequence("[NO_LOSS] * (len(p) - 1) + [bos, *r, eos, NO_LOSS]"),
+    "learns the prompt": _sequence("[*p[1:], bos, *r, eos, NO_LOSS]"),
     "learns padding": _sequence("[NO_LOSS] * len(p) + [*r, eos, NO_LOSS]", value="eos"),
     "no image": _sequence("[NO_LOSS] * len(p) + [*r, eos, NO_LOSS]", image="None"),
     "no prompt": _sequence("[*r, eos, NO_LOSS]", tokens="self.wrap(r)"),

@@ -221,7 +221,7 @@ def flow_batch(seed):
               "eps": torch.randn(4, 4, 4, 6, generator=rng),
               "drop": torch.tensor([False, True, False, False]),
               "short": torch.tensor([True, False, False, False]),
-              "reads": torch.tensor([False] * 4), "alone": torch.tensor([False] * 4)}
+              "reads": torch.tensor([False] * 4)}
     return batch, random
 
 

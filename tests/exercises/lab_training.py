@@ -20,9 +20,9 @@ def first_loss(lib) -> float:
     config = lib.unix.Config(**(oracle.SIZES | {"vocab": 679}))
     torch.manual_seed(0)
     model = lib.unix.UniX(config, oracle.Words())
-    reports = oracle.token_lists(0, (40, 60))
+    reports, pixels = oracle.token_lists(0, (40, 60)), torch.randn(2, 3, 16, 16)
     with torch.no_grad():
-        total, count = model.understanding_loss(None, None, reports)
+        total, count = model.understanding_loss(pixels, reports, reports)
     return round(float(total / count), 1)
 
 
