@@ -116,7 +116,7 @@ import joint_attn                                         # noqa: E402
 from data import (CLASSES, Dropped, UserError, atomic, impression, label_report,  # noqa: E402
                   locate, open_data, plain_streams, read_image, save_image, sheet, square, table)
 from diffusion import shift_time, to_uint8, vae_pixels    # noqa: E402
-from unix import INSTRUCTIONS, UniX, load_rad_dino        # noqa: E402
+from unix import INSTRUCTIONS, UniX, load_rad_dino, use_bf16  # noqa: E402
 
 
 # ---- images: sets of features, (n, d) and (m, d) arrays (the paper: RAD-DINO CLS features) -------
@@ -278,9 +278,7 @@ def open_model(args) -> UniX:
     model = UniX.load(args.weights, device)
     if args.reads and model.config.taught_on == "phantom":
         note("these weights know phantoms alone: what they write of a real X-ray means nothing")
-    fast = device.type == "cuda" or device.type == "cpu" and (
-        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    if args.precision == "bf16" or args.precision == "auto" and fast and model.config.width >= 512:
+    if use_bf16(args.precision, device, model):
         bf16 = torch.autocast(device.type, torch.bfloat16)
         model.report, model.generate = bf16(model.report), bf16(model.generate)
         if model.vae is not None:               # it stays fp32
@@ -376,6 +374,8 @@ def look(args):
         print(model.tokenizer.decode(ids))
     else:
         how, ids = settings(args, model), model.ids(args.what)
+        if model.config.no_context:
+            raise UserError("there is nothing to look at: these weights ignore text")
         latents, maps = caption_maps(model, ids, args.size, args.seed, **how)
         steps = sorted({round(s) for s in np.linspace(0, len(latents) - 1, 8)})
         path, maps = shift_time(torch.linspace(1, 0, how["points"]), how["shift"]), maps[steps]

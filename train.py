@@ -170,7 +170,7 @@ from diffusion import (VAE, path, repa_loss, sample_time, to_uint8, vae_pixels, 
                        velocity_from_x0, velocity_loss)
 from joint_attn import Context                            # noqa: E402
 from unix import (INSTRUCTIONS, PRESETS, SPECIAL, UniX, load_rad_dino,  # noqa: E402
-                  load_vae, save_vae)
+                  load_vae, save_vae, use_bf16)
 
 
 # ---------------------------------------------------------------- one training step
@@ -184,19 +184,21 @@ class Trainer:
         self.options, self.stage, self.model, self.data = options, stage, model, data
         self.procs, self.out, self.device = procs, out, procs.device
         self.file, self.step, self.saved_step = out / f"stage{options.stage}.pt", 0, 0
-        self.waiting, self.stop = False, torch.zeros((), device=self.device)    # for a batch; soon
-        self.by_time, self.both = [], options.train == "both"   # flow losses and times; Table 5
+        self.waiting = False                            # for a batch
+        self.stop = torch.zeros((), device=self.device)         # 1: stop after this step
+        self.by_time, self.both = [], options.train == "both"   # (times, flow losses); Table 5
         self.vae, self.captions, self.projector = model, None, None
         self.weights = digest(model) if options.weights else ""     # what it starts from
+        if options.stage == 2 and not self.file.exists():
+            model.copy_tower()
         if stage.trains != "vae":
             self.vae, self.captions = model.vae, CaptionCache(model)
             model.lm.tower.checkpointing = options.checkpointing
         self.trainable = self.freeze_all_but(stage.trains)
-        self.shown = self.averaged_copy() if stage.ours.ema else model
+        frozen = {id(p): p for p in model.parameters() if not p.requires_grad}  # shared, not copied
+        self.averaged = copy.deepcopy(model, frozen) if stage.ours.ema else model   # what is saved
         self.optimizers = self.make_optimizers()
-        fast = "cuda" in self.device or torch.cpu._is_avx512_bf16_supported() and (
-            stage.trains == "vae" or model.config.width >= 512)     # small matrices are slower
-        self.bf16 = options.precision == "bf16" or options.precision == "auto" and fast
+        self.bf16 = use_bf16(options.precision, self.device, model)
 
     def freeze_all_but(self, branch: str) -> dict[str, nn.Parameter]:
         """Freezes everything, then frees the branch that this stage trains (Table 1)."""
@@ -216,16 +218,11 @@ class Trainer:
             p.requires_grad_(True)
         return trainable
 
-    def averaged_copy(self) -> nn.Module:
-        """A copy of the model for the averaged weights; what is frozen is shared, not copied."""
-        frozen = {id(p): p for p in self.model.parameters() if not p.requires_grad}
-        return copy.deepcopy(self.model, frozen)
-
     def average(self) -> dict[str, Tensor]:
         """The averaged weights by name; {} if none are kept."""
-        if self.shown is self.model:
+        if self.averaged is self.model:
             return {}
-        return {k: p.detach() for k, p in self.shown.named_parameters() if k in self.trainable}
+        return {k: p.detach() for k, p in self.averaged.named_parameters() if k in self.trainable}
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW without weight decay (Table 1). `tiny` gives the matrices inside the networks to
@@ -282,9 +279,9 @@ class Trainer:
             for name in ("eps", "z"):
                 random[name] = torch.randn(b, self.vae.channels, side, side, generator=rng)
             random["short"] = torch.rand(b, generator=rng) < SHORT_CAPTIONS
-        read, generated = map(int, o.mix.split(":"))
-        reads = round(b * read / (read + generated)) if self.both else b
-        random["reads"] = torch.arange(b) < reads
+        read, generated = map(int, o.mix.split(":"))        # the others are generated
+        reads = read / (read + generated) if self.both else self.stage.trains == "understanding"
+        random["reads"] = torch.arange(b) < round(b * reads)
         rank, world = self.procs.rank, self.procs.world
         return {k: v[b * rank // world:b * (rank + 1) // world] for k, v in random.items()}
 
@@ -292,10 +289,7 @@ class Trainer:
         """The summed losses of some rows of a batch."""
         if self.stage.trains == "vae":
             return self.vae_losses(batch, random)
-        if not self.both:
-            understanding = self.stage.trains == "understanding"
-            return (self.report_losses if understanding else self.flow_losses)(batch, random)
-        found, reads = {}, random["reads"]                  # Table 5
+        found, reads = {}, random["reads"]                  # rows of both kinds: Table 5
         for rows, losses in ((reads, self.report_losses), (~reads, self.flow_losses)):
             if rows.any():
                 found |= losses(pick_rows(batch, rows), pick_rows(random, rows))
@@ -345,12 +339,10 @@ class Trainer:
 
     def loss_weights(self, batch: dict, random: dict) -> dict[str, float]:
         """The factor of each summed loss: its weight over its count in the whole batch."""
-        reads, tokens = random["reads"], 0
-        if self.both or self.stage.trains == "understanding":
-            tokens = sum(len(self.model.ids(text)) + 1
-                         for text, read in zip(batch["report"], reads) if read)
-        images = int((~reads).sum()) if self.both else len(reads)
-        counts = self.procs.total(torch.tensor([tokens, images], device=self.device))
+        reads = random["reads"]
+        tokens = sum(len(self.model.ids(text)) + 1
+                     for text, read in zip(batch["report"], reads) if read)
+        counts = self.procs.total(torch.tensor([tokens, int((~reads).sum())], device=self.device))
         tokens, images = counts.clamp(min=1).tolist()
         return {"text": 1 / tokens, "flow": 1 / images, "mse": 1 / images,
                 "repa": self.stage.repa_weight / images, "kl": 1e-5 / images}
@@ -366,7 +358,7 @@ class Trainer:
     def check_finite(self, logged: dict):
         if not all(map(math.isfinite, logged.values())):
             kept = f"last good checkpoint: {self.file}" if self.file.exists() else "nothing saved"
-            raise NotFinite(f"step {self.step}: the loss is not finite ({logged}); {kept}. Try a "
+            raise NotSaved(f"step {self.step}: the loss is not finite ({logged}); {kept}. Try a "
                             f"lower --lr than {self.stage.lr}")
 
     # ------------------------------------------------------------ the loop (you need not read on)
@@ -407,7 +399,7 @@ class Trainer:
             raise Stopped(f"stopped at step {self.step} and saved; the same command resumes")
 
     def interrupt(self, *_):
-        """On a signal: this step is the last, or none, while it only waits for a batch."""
+        """A signal ends the run after this step, or at once while it waits for a batch."""
         self.stop.fill_(1)
         if self.waiting and self.procs.world == 1:
             raise KeyboardInterrupt
@@ -437,12 +429,11 @@ class Trainer:
     def write_sheet(self):
         """Writes a PNG that shows what the stage has learned so far."""
         name = self.out / f"stage{self.options.stage}-{self.step:06d}.png"
-        model, size = self.shown, self.stage.pixels
+        model, size = self.averaged, self.stage.pixels
         if self.stage.trains == "generation":       # Figure 4, and one image on its way from noise
             images = list(model.generate(list(PROMPTS), size, points=25)[:, 0].cpu().numpy())
             rows, ids = model.latent_rows(size), [model.ids(PROMPTS[4])]
-            steps = [*model.sample_latents(ids, rows, rows, [4], points=25,
-                                           scale=model.config.guidance)][2::3]
+            steps = [*model.sample_latents(ids, rows, rows, [4], points=25)][2::3]
             images += [to_uint8(model.vae.decode(x))[0, 0].cpu().numpy() for x in steps]
             times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
             return sheet(images, [*PROMPTS, *times], 8, name)
@@ -500,12 +491,13 @@ class Trainer:
     def save_weights(self):
         """Writes the weights folder. Stage 0 first sets the mean and scale of its latents."""
         if self.stage.trains != "vae":
-            return self.shown.save(self.out)
+            return self.averaged.save(self.out)
         _, images = first_images(self.data[0], 128, self.device)
-        mean, logvar = self.shown.moments(vae_pixels(images)).chunk(2, dim=1)
-        self.shown.latent_mean = float(mean.mean())
-        self.shown.scale = float((mean.var() + logvar.clamp(-30, 20).exp().mean()).rsqrt())
-        save_vae(self.shown, self.out / "vae")
+        vae = self.averaged
+        mean, logvar = vae.moments(vae_pixels(images)).chunk(2, dim=1)
+        vae.latent_mean = float(mean.mean())
+        vae.scale = float((mean.var() + logvar.clamp(-30, 20).exp().mean()).rsqrt())
+        save_vae(vae, self.out / "vae")
 
     def resume(self) -> bool:
         """Continues from the checkpoint of this stage, if there is one -> is the stage finished?
@@ -587,10 +579,6 @@ class NotSaved(UserError):
     """A step could not be saved, or must not be."""
 
 
-class NotFinite(NotSaved):
-    """A loss or gradient became infinite or NaN."""
-
-
 def progress(total: int, name: str, unit: str, shown: bool, initial=0) -> tqdm:
     """A bar on a terminal; elsewhere a line every 30 seconds."""
     line = "{desc} {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} left{postfix}\n"
@@ -642,7 +630,7 @@ class Log:
         self.clear()
 
     def rows(self) -> list[dict]:
-        """The lines that count. A line makes later steps of its stage before it obsolete."""
+        """The valid lines: a line replaces earlier ones of its stage with the same or a later step."""
         kept = []
         for line in self.file.read_text(errors="replace").splitlines():
             try:
@@ -730,17 +718,21 @@ class LatentCache:
         self.stem, self.texts, self.maps = folder / f"latents-{source.size}", [], {}
 
     def fill(self, model: UniX, teacher, procs: "Processes", workers: int, begun: bool):
-        """Computes what is not there; each process does its share. `begun`: the stage is under
-        way, so that the teacher may have been trained since (Table 5). Raises UserError."""
+        """Computes what is not there; each process does its share. `begun`: the stage has begun,
+        so that the teacher may have been trained since (Table 5). Raises UserError."""
         origin = [self.source.fingerprint(), self.count, digest(model.vae), digest(teacher)]
         about = self.stem.with_suffix(".json")
         try:
             known = json.loads(about.read_text())
             self.open_maps()
-            if begun or known["origin"] == origin:
+            same = [a == b for a, b in zip(known["origin"], origin)]
+            if all(same[:3 if begun else 4]):
                 self.texts = known["texts"]
                 return
-        except (OSError, ValueError):
+            if begun:
+                raise UserError(f"the images or --images are not those that this stage began with "
+                                f"({about}); restore them, or use another --out")
+        except (OSError, ValueError, LookupError, TypeError):
             pass
         for old in () if procs.rank else self.stem.parent.glob(f"{self.stem.name}.*"):
             old.unlink()
@@ -794,7 +786,7 @@ class LatentCache:
                      if kind == "moments" or os.path.exists(file)}
 
     def account(self, samples: list):
-        """Nothing can be broken here any more."""
+        """Nothing is broken here: what was, is replaced."""
 
     def __len__(self) -> int:
         return self.count
@@ -806,7 +798,7 @@ class LatentCache:
         report, caption = self.texts[i]
         sample = {"index": i, "report": report, "caption": caption,
                   **{k: v[i].astype(np.float32) for k, v in self.maps.items()}}
-        return sample if self.images is None else sample | {"image": self.images[i]["image"]}
+        return sample | {"image": self.images[i]["image"]} if self.images else sample
 
 
 def digest(module: nn.Module | None) -> str:
@@ -865,7 +857,6 @@ def initial_model(options: Options, out: Path, data) -> UniX:
     ids = dict(zip(("bos", "eos", "boi", "eoi"), map(tokenizer.token_to_id, SPECIAL)))
     own = out / "vae" / "model.safetensors"
     vae = load_vae(own) if own.exists() else None       # stage 0 may have been run before
-    torch.manual_seed(options.seed)
     taught_on = "phantom" if options.data == "phantom" else ""
     return UniX(replace(config, vocab=len(tokenizer), taught_on=taught_on, **ids), tokenizer, vae)
 
@@ -898,8 +889,8 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
     """Data and model of a stage. Raises UserError where something it needs is not there."""
     o, k = options, options.stage
     begun, own_vae = ((out / f"stage{i}.pt").exists() for i in (k, 0))
+    torch.manual_seed(o.seed)
     if k == 0:
-        torch.manual_seed(o.seed)
         model = VAE(**PRESETS[o.preset].vae).to(procs.device)
         data = [open_data(o.data, "train", stage.pixels * i) for i in (1, 2)]
         out.mkdir(parents=True, exist_ok=True)
@@ -913,8 +904,6 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
     taught_latents = model.llm2vae.weight.any() and digest(model.vae)
     if o.vae:
         model.vae = load_vae(o.vae).to(procs.device)
-    if k == 2 and not begun:
-        model.copy_tower()
     share(model, o.share_layers)
     if k == 1:
         data.size = model.config.vit_image
@@ -925,14 +914,14 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
     if k == 3 and digest(model.vae) != taught_latents:
         raise UserError("stage 3 needs a generation tower that was taught the latents of this "
                         "autoencoder; leave --vae out, or run stage 2 with it first")
-    if k == 2 and not begun:
+    if k == 2:
         model.resize_projections()
     model.config.resolution, model.config.no_context = stage.pixels, o.no_context
     model.latent_rows(stage.pixels)                 # an error if tokens do not divide it
     teacher = model.vit if stage.repa_weight else None
     if teacher and o.repa_teacher:
         teacher = load_rad_dino(o.repa_teacher).to(procs.device)
-    images = open_data(o.data, "train", model.config.vit_image) if o.train == "both" else None
+    images = o.train == "both" and open_data(o.data, "train", model.config.vit_image, "image")
     out.mkdir(parents=True, exist_ok=True)
     latents = LatentCache(data, min(len(data), stage.ours.images or len(data)), out, images)
     latents.fill(model, teacher, procs, o.workers, begun)
@@ -945,7 +934,7 @@ def run(options: Options, procs: Processes | None = None):
         raise UserError(options.problem())
     o, stage = options, STAGES[options.preset][options.stage]
     chosen = {"steps": o.steps, "batch": o.batch_size, "lr": o.lr, "repa_weight": o.repa_weight}
-    ours = replace(stage.ours, images=o.images or stage.ours.images,
+    ours = replace(stage.ours, images=o.images or stage.ours.images * (o.data == "phantom"),
                    muon=stage.ours.muon * (o.lr or stage.lr) / stage.lr)
     stage = replace(stage, ours=ours, **{k: v for k, v in chosen.items() if v is not None})
     if o.accumulate > stage.batch:
@@ -999,9 +988,10 @@ def plan(options: Options, stage: Stage):
     with torch.device("meta"):
         model = UniX(PRESETS[options.preset])
         model.vae = VAE(**PRESETS[options.preset].vae)
-    world, bf16 = int(os.environ.get("WORLD_SIZE", 1)), model.config.width >= 512
-    bf16 = bf16 and options.precision != "fp32" or options.precision == "bf16"
-    room = options.memory or (torch.cuda.mem_get_info()[1] if torch.cuda.is_available() else
+    world, gpu = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    taught = model if options.stage else model.vae
+    bf16 = use_bf16(options.precision, "cuda" if gpu or options.memory else "cpu", taught)
+    room = options.memory or (torch.cuda.mem_get_info()[1] if gpu else
                               os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2**30
     print(overview(model, options, stage, world, bf16))
     for checkpointing in (False, True) if options.stage else (False,):

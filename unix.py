@@ -321,6 +321,15 @@ class UniX(nn.Module):
         return model.to(device).eval()
 
 
+def use_bf16(precision: str, device: str | torch.device, model: nn.Module) -> bool:
+    """Is it bf16? "auto": on CUDA or a CPU that has it, for an autoencoder or for layers at least
+    512 wide; smaller ones are slower."""
+    fast = "cuda" in str(device) or str(device) == "cpu" and (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    wide = isinstance(model, VAE) or model.config.width >= 512
+    return precision == "bf16" or precision == "auto" and fast and wide
+
+
 # ---- weights folders: names, settings, sizes (you need not read on) -----------------------------
 # What released folders call otherwise: names of tensors, settings of config.json
 RELEASED = tomllib.loads((Path(__file__).parent / "assets" / "released.toml").read_text("utf-8"))

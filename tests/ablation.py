@@ -36,7 +36,7 @@ ROWS = {        # name -> batch (16 images are drawn, the others read), flags, T
     "both 1:1, all layers shared": (32, "--train both --mix 1:1 --share-layers 3", "-", "-"),
     "both 1:1, first layer shared": (32, "--train both --mix 1:1 --share-layers 1", "-", "-"),
     "no context": (16, "--no-context", "-", "-"),
-    "no alignment": (16, "--repa 0", "-", "-"),
+    "no alignment": (16, "--repa-weight 0", "-", "-"),
 }
 FIGURES = {"reports": True, "round trip": True, "FD": False, "flow": False}     # more is better?
 

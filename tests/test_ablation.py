@@ -2,6 +2,7 @@
 
 import math
 
+import train
 from ablation import CLAIMS, FIGURES, ROWS, SHARED, spread, table, verdict
 from unix import PRESETS
 
@@ -26,6 +27,11 @@ def test_every_row_draws_16_images_a_step():
         mix = flags.split("--mix ")[1].split()[0] if "--mix" in flags else "0:1"
         reads, draws = map(int, mix.split(":"))
         assert batch - round(batch * reads / (reads + draws)) == 16
+
+
+def test_train_takes_the_flags_of_every_row():
+    for _, flags, *_ in ROWS.values():
+        assert not train.parse(["--stage", "2", *flags.split()]).problem()
 
 
 def test_all_layers_are_all_layers():

@@ -300,6 +300,8 @@ def test_weights_that_cannot_generate_say_so(weights, image, tmp_path, capsys):
     model.save(tmp_path / "blind")
     with pytest.raises(UserError, match="--guidance changes nothing"):
         call(tmp_path / "blind", "generate", "fine", "--guidance", 2)
+    with pytest.raises(UserError, match="nothing to look at: these weights ignore text"):
+        call(tmp_path / "blind", "look", "fine")
 
 
 def test_precision(weights, image, tmp_path, monkeypatch):

@@ -145,6 +145,30 @@ def test_resumed_equals_never_stopped_bit_for_bit(trained, folder, tmp_path, sta
     assert bool(kept) == (stage > 1)
 
 
+@pytest.mark.parametrize("patch, steps", [(2, 2), (1, 2), (2, 4)])
+def test_stage_2_from_other_weights_resumes(trained, folder, tmp_path, patch, steps):
+    """Its first start copies the tower and, for another autoencoder, makes new projections; they
+    are neither made again nor taken for other weights when it resumes. A finished one says so."""
+    start = UniX.load(trained[0])
+    for p in start.branch("generation").values():
+        torch.nn.init.normal_(p)                            # the tower is no copy
+    start.vae2llm, start.llm2vae = nn.Linear(16 * patch ** 2, 128), nn.Linear(128, 16 * patch ** 2)
+    start.config.latent_patch = patch
+    start.save(tmp_path / "start")
+    more = {"steps": 4, "weights": str(tmp_path / "start")}
+    train.run(options(folder, tmp_path / "whole", 2, **more))
+    o, row = options(folder, tmp_path / "parts", 2, **more), STAGES["tiny"][2]
+    trainer = train.set_up(o, train.replace(row, steps=4, batch=4), Processes(), tmp_path / "parts")
+    stream = trainer.stream()
+    while trainer.step < steps:
+        trainer.train_step(next(stream))
+    trainer.save_checkpoint()
+    train.run(o)
+    whole, parts = (read_safetensors(tmp_path / k / "model.safetensors") for k in ("whole", "parts"))
+    assert all(torch.equal(v, parts[k]) for k, v in whole.items())
+    assert whole["vae2llm.weight"].shape == (128, 64)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_accumulation_equals_the_big_batch(trained, folder, tmp_path, stage):
     """Token-weighted: reports of different lengths lie in the parts."""
@@ -250,6 +274,39 @@ def test_the_cache_of_latents_is_made_again_when_something_changed(trained, fold
     with torch.no_grad():
         want = model.vae.moments(vae_pixels(torch.from_numpy(data[3]["image"])[None]))[0]
     torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+
+
+def test_a_stage_that_has_begun_keeps_its_images(trained, folder, tmp_path):
+    """More or other images would change the order of the batches, and what was not cached."""
+    begun(folder, tmp_path / "run", 2, 1, trained[0])
+    for images in (5, 7):
+        with pytest.raises(UserError, match="--images are not those that this stage began with"):
+            train.run(options(folder, tmp_path / "run", 2, steps=4, images=images))
+    train.run(options(folder, tmp_path / "run", 2, steps=4))
+
+
+def test_tiny_learns_from_all_images_of_a_folder(trained, folder, tmp_path, monkeypatch):
+    """Only the endless phantoms are cut (to 8,192)."""
+    seen = {}
+    monkeypatch.setattr(train, "set_up", lambda o, stage, *_: seen.update({o.data: stage}) or 1 / 0)
+    for data in ("phantom", str(folder)):
+        for images in (None, 7):
+            with pytest.raises(ZeroDivisionError):
+                train.run(Options(stage=2, data=data, images=images, out=str(tmp_path)))
+            assert seen[data].ours.images == (images or (8192 if data == "phantom" else 0))
+
+
+@pytest.mark.parametrize("stage, more, said", [
+    (2, {"memory": 80.0}, "bf16"), (2, {}, "fp32"), (2, {"precision": "bf16"}, "bf16"),
+    (2, {"memory": 80.0, "precision": "fp32"}, "fp32"), (2, {"preset": "tiny"}, "fp32"),
+    (0, {"preset": "tiny"}, "fp32")])
+def test_the_plan_names_the_precision_of_training(stage, more, said, capsys, monkeypatch):
+    """--memory plans for a card; without it the plan is for this machine."""
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train.run(Options(**{"stage": stage, "preset": "unix", "plan": True, **more}))
+    assert f" px, {said}, 1 process" in capsys.readouterr().out
 
 
 def test_latents_of_a_folder_whose_images_are_broken_are_refused(trained, tmp_path):

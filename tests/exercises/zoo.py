@@ -53,8 +53,8 @@ PATIENTS = (
         "caption changes it: each step walks away from the image.", trains=False),
     Patient(
         "labels are not shifted", 1,
-        (("unix", "labels = [[NO_LOSS] * len(p) + [*r, self.config.eos, NO_LOSS]",
-          "labels = [[NO_LOSS] * len(p) + [NO_LOSS, *r, self.config.eos]"),),
+        (("unix", "labels = [[NO_LOSS] * (len(p) + 2) + [*r, self.config.eos, NO_LOSS]",
+          "labels = [[NO_LOSS] * (len(p) + 2) + [NO_LOSS, *r, self.config.eos]"),),
         "e12.check_sequence",
         "The loss of its log falls to 0.0005, too good to be true. Measured by healthy code it "
         "is 14.4 a token, and reports repeat one word to the end (\"apical apical apical\"), F1 "
