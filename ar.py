@@ -398,12 +398,6 @@ class Tokenizer:
     def __len__(self):
         return len(self.vocab)
 
-    def token_to_id(self, token: str) -> int:
-        """The id of a token, e.g. "<image>". Raises UserError if the vocabulary lacks it."""
-        if token not in self.vocab:
-            raise UserError(f"the tokenizer has no token {token}")
-        return self.vocab[token]
-
     def encode(self, text: str) -> list[int]:
         """Text -> ids. Adds no begin or end token: the file's post-processor is not run."""
         text = unicodedata.normalize("NFC", text) if self.nfc else text

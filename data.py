@@ -71,7 +71,7 @@ def plain_streams():
 warnings.filterwarnings("ignore", module="PIL")  # on odd metadata, and what read_image refuses
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "GIF", "WEBP")  # no EPS: that would start Ghostscript
 PNG, BITS, PHOTOMETRIC = b"\x89PNG\r\n\x1a\n", 258, 262  # how a PNG begins; tags of TIFF
-for key, how in [*TiffImagePlugin.OPEN_INFO.items()]:  # deep TIFFs whose 0 is white, as others
+for key, how in [*TiffImagePlugin.OPEN_INFO.items()]:  # PIL lacks deep ones whose 0 is white
     if key[1] == 1 and how[0][0] in "IF":
         TiffImagePlugin.OPEN_INFO.setdefault((key[0], 0, *key[2:]), how)
 
@@ -106,7 +106,7 @@ def without_metadata(content):
     while at < len(content):
         name, end = content[at + 4:at + 8], at + 12 + int.from_bytes(content[at:at + 4], "big")
         whole = zlib.crc32(content[at + 4:end - 4]).to_bytes(4, "big") == content[end - 4:end]
-        if name[:1].isupper() or name in (b"tRNS", b"eXIf") and whole:  # upper case: needed
+        if name[:1].isupper() or name in (b"tRNS", b"eXIf") and whole:  # upper case: pixels need it
             kept.append(content[at:end])
         at = end
     return b"".join(kept)
@@ -138,7 +138,7 @@ def decode(content, at_least):
 
 
 def square(image, size):
-    """uint8 (h, w) -> (size, size): scaled with antialiasing and centred on black [P]."""
+    """uint8 (h, w) -> (size, size): scaled with antialiasing, centred, padded with black."""
     h, w = (max(1, round(side * size / max(image.shape))) for side in image.shape)
     top, left = (size - h) // 2, (size - w) // 2
     padded = np.zeros((size, size), np.uint8)  # after scaling: a long thin image costs no memory
@@ -421,7 +421,7 @@ class Dataset:
             return {"image": image, "report": report, "caption": report, "index": index,
                     "notes": [(index, "", "")]}
         n, notes = len(self), []
-        for i in range(index, index + min(n, max(20, n // 20 + 1))):  # more is over 5% for sure
+        for i in range(index, index + min(n, max(20, n // 20 + 1))):  # all broken: over 5%
             item, (report, _), image = self.items[i % n], self.text(i % n), None
             with contextlib.suppress(UserError):
                 image = square(read_image(self.root / item.path, 2 * self.size), self.size)

@@ -38,8 +38,8 @@ def target(x0: Tensor, eps: Tensor) -> Tensor:
 
 
 def velocity_from_x0(x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """Velocity of the line through x_t that begins at a predicted x0: (x_t - x0) / t. Below t = 0.5
-    it divides by 0.5: a wrong x0 then counts at most twice (Li and He 2025, arXiv 2511.13720)."""
+    """Velocity (x_t - x0) / t from a predicted x0 (after arXiv 2511.13720). Below t = 0.5 we divide
+    by 0.5, so there the network learns x_t - v / 2 instead of x0."""
     return (x_t - x0) / broadcast(t, x_t).clamp(min=0.5)
 
 
@@ -163,8 +163,8 @@ def position_table(side: int, width: int) -> Tensor:
 
 def position_ids(h: int, w: int, side: int, interpolate=False) -> Tensor:
     """Table rows of h x w tokens -> (h w,). A larger image reads more of the table, so 512 px
-    (stage 3) need no new weights: more of it from the corner or, with `interpolate` (released code,
-    off there), more rows and columns spread evenly over all of it."""
+    (stage 3) adds no weights: rows and columns from the table's top left corner or, with
+    `interpolate` (released code: off), spread evenly over all of it."""
     row, column = torch.arange(h), torch.arange(w)
     if interpolate:
         row, column = row * side // h, column * side // w
@@ -273,7 +273,7 @@ class Decoder(nn.Module):
 
 class VAE(nn.Module):
     """KL autoencoder with CompVis parameter names. `attn` lists the levels with attention. `groups`
-    of the norms: fewer than 32 for few channels, since a group of one forgets its brightness."""
+    of the norms: fewer than 32 for few channels: a norm of one channel removes its mean."""
 
     def __init__(self, ch=128, mult=(1, 1, 2, 2, 4), blocks=2, attn=(4,), z=16, embed=16,
                  scale=0.238092, latent_mean=-0.201906, groups=32):

@@ -27,7 +27,7 @@ EPS, THETA = 1e-6, 10000.0  # RMSNorm and RoPE constants (released code; not rea
 class Context(NamedTuple):
     """Text that was read: keys and values of every layer, and the position of the next token."""
     kv: list          # per layer: k and v, each (b, g, l, k), keys normed and rotated
-    length: Tensor    # (b,) tokens of each sample; those behind them are padding
+    length: Tensor    # (b,) number of tokens; the rest of a row is padding
     next_id: Tensor   # (b,) RoPE id of the next token (a whole image block has one id)
     ragged: bool      # lengths differ, so that latents need a key mask
 
@@ -111,7 +111,7 @@ class Expert(nn.Module):
 
 
 class Layer(nn.Module):
-    """Two experts, one attention. `shared` makes the two one object (the paper's opponent)."""
+    """Two experts, one attention. `shared`: one expert serves both branches."""
 
     def __init__(self, *sizes: int, shared: bool = False):
         super().__init__()
@@ -135,7 +135,7 @@ class Layer(nn.Module):
         """[context | markers | latents]: boi_eoi (b, 2, d), x (b, n, d) -> the same two, new.
 
         `past`: this layer's keys and values of the context, or None. Markers and latents see the
-        context and each other. `frozen`: expert `und` gets no gradient.
+        context and each other. `frozen`: no gradient enters or passes expert `und`.
         """
         und_grad = torch.is_grad_enabled() and not frozen
         with torch.set_grad_enabled(und_grad):

@@ -131,7 +131,7 @@ def frechet_distance(real, fake):
     """Frechet distance of two Gaussians, |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) -> float.
 
     With X the centred samples over sqrt(n - 1), S = X^T X, and tr (S1 S2)^(1/2) is the sum of the
-    singular values of X1 X2^T, also where n < d; X's QR factor will do for X (Q cancels)."""
+    singular values of X1 X2^T, also where n < d; the R of its QR replaces X (Q cancels)."""
     real, fake = as_features(real, fake, least=2)
     if min(len(real), len(fake)) <= real.shape[1]:
         warnings.warn("Frechet distance is biased upwards with no more samples than dimensions; "
@@ -170,7 +170,7 @@ def prdc(real, fake, k=5):
 def heart_width(image):
     """Measure the cardiothoracic ratio of a frontal image, uint8 (size, size), at 256 px. Outwards
     from the midline, the first dark pixel of a row is the border of the heart; it counts where it
-    stands upright just above the diaphragm. Unseen, it is taken to be a normal heart's."""
+    stands upright just above the diaphragm. If none is seen, a normal heart's is taken."""
     x = Image.fromarray(image).resize((256, 256), Image.BICUBIC).filter(ImageFilter.BoxBlur(3))
     x, heart, chest = np.asarray(x, np.float32), 0, 0
     middle = np.median(x[110:192, 118:138])
@@ -310,8 +310,8 @@ def read(model: UniX, images: np.ndarray, *how) -> list[str]:
 
 
 def best_of(count: int, asked: list[str], written: list[str]) -> np.ndarray:
-    """Indices of the best of every `count` images, the first of equals: its report agrees most with
-    its text, by F1 of findings, sides and severities (dual self-reward, arXiv 2506.07963)."""
+    """Indices: of every `count` images the one whose report agrees most with its text (the first of
+    equals), by F1 of findings, sides and severities (dual self-reward, arXiv 2506.07963)."""
     a, b = label_table(asked) == 1, label_table(written) == 1
     score = f1_scores(a.T, b.T)["per_class"]            # here an image takes the place of a class
     for kind in ("sides", "severity"):
@@ -476,8 +476,8 @@ def label_table(reports: list[str]) -> np.ndarray:
 
 
 def agree(truth: list[str], written: list[str], kind: str, classes) -> np.ndarray:
-    """(n, 3): findings whose "sides" or "severity" is known, those of them that are written too,
-    and those of these whose sides or severity agree."""
+    """Counts (n, 3) of findings: `kind` ("sides" or "severity") known; of these, written too; of
+    these, `kind` right."""
     rows = []
     for a, b in zip(map(locate, truth), map(locate, written)):
         known = [c for c in classes if c in a and a[c][kind]]
@@ -597,7 +597,7 @@ class Evaluation:
         return np.stack([*map(read_image, files.values())])
 
     def round_trip(self, kind: str, prompts: dict[str, str], real: np.ndarray, written: list[str]):
-        """Is what an image was generated from read back from it? Tables 3 and 4 for texts by index,
+        """Does the reader find in an image what its text says? Tables 3 and 4 for texts by index,
         and a sheet; `real`, `written`: the true images (n, h, w) and what is read from them."""
         count, asked, tables = self.args.best_of or 1, [*prompts.values()], {}
         wanted = {f"{i}-{k}" if k else i: (text, self.args.seed + int(i) + k * 1_000_000)
@@ -637,7 +637,7 @@ def evaluate(args):
     run = Evaluation(args)
     vae, data = run.model.vae, run.data
     samples = [data[i] for i in tqdm(range(min(args.samples, len(data))), desc="true images")]
-    samples = {str(s["index"]): s for s in samples}     # one that replaces another is one
+    samples = {str(s["index"]): s for s in samples}     # one that replaced a broken one counts once
     real = np.stack([s["image"] for s in samples.values()])
     truth = {i: s["report"] for i, s in samples.items()}
     written = run.reports("predictions.csv", real, truth)

@@ -34,7 +34,7 @@ BRANCHES = "understanding", "generation", "vae"
 class Ours:
     """What Table 1 does not have. The defaults change nothing."""
     ema: float = 0.0            # decay of the averaged weights that are saved; 0: no average
-    decay: float = 0.0          # share of the steps, at the end, in which the rate falls to 0
+    cooldown: float = 0.0       # share of the steps, at the end, in which the rate falls to 0
     muon: float = 0.0           # learning rate of matrices under Muon; 0: AdamW for all
     images: int = 0             # number of images taken from an endless set; 0: all
     time_shift: float = 1.0     # of training times to noise; falls to 1 in the last 70% of steps
@@ -61,12 +61,12 @@ STAGES = {
         3: Stage("generation", 512, 1e-4, 0, 5_000, ours=Ours(ema=0.9999)),
     },
     "tiny": {   # the same on a laptop; sizes keep the paper's ratios
-        0: Stage("vae", 64, 2e-3, 50, 2_000, 2, ours=Ours(decay=0.4, muon=0.02)),
-        1: Stage("understanding", 96, 2e-3, 50, 4_000, 16, ours=Ours(decay=0.4, muon=0.005)),
+        0: Stage("vae", 64, 2e-3, 50, 2_000, 2, ours=Ours(cooldown=0.4, muon=0.02)),
+        1: Stage("understanding", 96, 2e-3, 50, 4_000, 16, ours=Ours(cooldown=0.4, muon=0.005)),
         2: Stage("generation", 64, 2e-3, 50, 5_000, 16, 0.5,
-                 Ours(ema=0.998, decay=1.0, muon=0.02, images=8_192, time_shift=8.0)),
+                 Ours(ema=0.998, cooldown=1.0, muon=0.02, images=8_192, time_shift=8.0)),
         3: Stage("generation", 128, 2e-3, 0, 9_000, 16,
-                 ours=Ours(ema=0.998, decay=1.0, muon=0.02, images=8_192, time_shift=8.0)),
+                 ours=Ours(ema=0.998, cooldown=1.0, muon=0.02, images=8_192, time_shift=8.0)),
     },
 }
 
@@ -187,6 +187,7 @@ class Trainer:
         self.waiting = False                            # for a batch
         self.stop = torch.zeros((), device=self.device)         # 1: stop after this step
         self.by_time, self.both = [], options.train == "both"   # (times, flow losses); Table 5
+        out.mkdir(parents=True, exist_ok=True)
         self.vae, self.captions, self.projector = model, None, None
         self.weights = digest(model) if options.weights else ""     # what it starts from
         if options.stage == 2 and not self.file.exists():
@@ -352,7 +353,7 @@ class Trainer:
         at the end."""
         s = self.stage
         rise = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
-        fall = min(1.0, (s.steps - step) / (s.ours.decay * s.steps)) if s.ours.decay else 1.0
+        fall = min(1.0, (s.steps - step) / (s.ours.cooldown * s.steps)) if s.ours.cooldown else 1.0
         return min(rise, fall)
 
     def check_finite(self, logged: dict):
@@ -630,7 +631,7 @@ class Log:
         self.clear()
 
     def rows(self) -> list[dict]:
-        """The valid lines: a line replaces earlier ones of its stage with the same or a later step."""
+        """The valid lines: a line replaces earlier ones of its stage that have its step or more."""
         kept = []
         for line in self.file.read_text(errors="replace").splitlines():
             try:
@@ -824,7 +825,7 @@ class Processes:
         if self.world > 1:
             dist.init_process_group("nccl" if "cuda" in self.device else "gloo")
 
-    def together(self, operation, *args):
+    def collective(self, operation, *args):
         try:
             return operation(*args) if self.world > 1 else None
         except RuntimeError as e:
@@ -833,7 +834,7 @@ class Processes:
 
     def total(self, x: Tensor) -> Tensor:
         """Sum of a tensor over the processes, in place."""
-        self.together(dist.all_reduce, x)
+        self.collective(dist.all_reduce, x)
         return x
 
     def sum_gradients(self, parameters):
@@ -843,7 +844,7 @@ class Processes:
     def gather(self, value) -> list:
         """The value of each process, for all of them."""
         found = [value] * self.world
-        self.together(dist.all_gather_object, found, value)
+        self.collective(dist.all_gather_object, found, value)
         return found
 
 
@@ -854,7 +855,7 @@ def initial_model(options: Options, out: Path, data) -> UniX:
     texts = [data.text(i)[0] for i in range(min(len(data), 2000))]
     config = PRESETS[options.preset]
     tokenizer = Tokenizer.train(texts + list(INSTRUCTIONS), config.vocab, special=SPECIAL)
-    ids = dict(zip(("bos", "eos", "boi", "eoi"), map(tokenizer.token_to_id, SPECIAL)))
+    ids = dict(zip(("bos", "eos", "boi", "eoi"), map(tokenizer.vocab.get, SPECIAL)))
     own = out / "vae" / "model.safetensors"
     vae = load_vae(own) if own.exists() else None       # stage 0 may have been run before
     taught_on = "phantom" if options.data == "phantom" else ""
@@ -893,7 +894,6 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
     if k == 0:
         model = VAE(**PRESETS[o.preset].vae).to(procs.device)
         data = [open_data(o.data, "train", stage.pixels * i) for i in (1, 2)]
-        out.mkdir(parents=True, exist_ok=True)
         return Trainer(o, stage, model, data, procs, out)
     if k > 1 and not o.weights:
         require(o, out, k - 1, "--weights")
@@ -907,7 +907,6 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
     share(model, o.share_layers)
     if k == 1:
         data.size = model.config.vit_image
-        out.mkdir(parents=True, exist_ok=True)
         return Trainer(o, stage, model, data, procs, out)
     if model.vae is None or own_vae and not (o.vae or o.weights):
         require(o, out, 0, "--vae")
@@ -967,7 +966,7 @@ def memory(model: UniX, options: Options, stage: Stage, rows: int, bf16: bool) -
     kept = c.layers * lm * layer + reads * (c.vit_layers * image * patch + 10 * text * c.vocab)
     if options.checkpointing:                       # the inputs of all layers, and one layer whole
         kept -= (c.layers - 1) * lm * layer - c.layers * lm * 4 * c.width
-    if stage.trains == "vae":                       # feature maps at full size, twice the side
+    if stage.trains == "vae":                       # about 60 feature maps, of twice the side
         kept = 4 * (2 * stage.pixels) ** 2 * c.vae.get("ch", 128) * 60
     bytes_ = {"weights": 4 * sum(branches.values()), "gradients": 4 * trained,
               "optimizer": 8 * trained, "average": 4 * trained * bool(stage.ours.ema),

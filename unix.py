@@ -60,10 +60,10 @@ class Config:
     boi: int = 100003
     eoi: int = 100580
     no_context: bool = False    # latents attend to no caption (ours)
-    predict_x0: bool = False    # the generation tower predicts x0, from which v follows (ours)
+    predict_x0: bool = False    # v follows from a predicted x0: velocity_from_x0 (ours)
     resolution: int = 512       # pixels a side of generated images
     guidance: float = 2.0       # scale of classifier-free guidance
-    guided: tuple = (0.4, 1.0)  # times at which it is on
+    guidance_interval: tuple = (0.4, 1.0)   # times at which it is on
     eta: float = 0.0            # fresh noise in each step of sampling (ours)
     taught_on: str = ""         # "phantom", "data", or unknown (ours)
     vae: dict = field(default_factory=dict)     # arguments of diffusion.VAE
@@ -225,10 +225,10 @@ class UniX(nn.Module):
     @torch.no_grad()
     def sample_latents(self, captions: list[list[int]], h: int, w: int, seeds, **how):
         """Denoises an h x w latent image a caption; yields latents (b, c, h, w) after each step.
-        Noise comes from each image's seed, on the CPU: alike in any batch. `how`: arguments of
+        Noise: from each image's seed, on the CPU; the same in any batch. `how`: arguments of
         diffusion.sample; None or nothing means as trained."""
         c, context = self.config, None
-        how = {"scale": c.guidance, "eta": c.eta, "interval": c.guided} | {
+        how = {"scale": c.guidance, "eta": c.eta, "interval": c.guidance_interval} | {
             k: v for k, v in how.items() if v is not None}
         if c.no_context:
             how["scale"] = 1.0          # without text there is nothing to be guided by
@@ -255,8 +255,8 @@ class UniX(nn.Module):
 
     def latent_positions(self, h: int, w: int) -> Tensor:
         """Rows of the position table for the n tokens of h x w latents (n,)."""
-        side, spread = self.config.latent_side, self.config.interpolate_pos
-        return position_ids(*self.grid(h, w), side, spread).to(self.device)
+        c = self.config
+        return position_ids(*self.grid(h, w), c.latent_side, c.interpolate_pos).to(self.device)
 
     def latent_rows(self, size: int | None) -> int:
         """Latent rows of an image of `size` pixels a side (None: as trained). Raises UserError."""
@@ -277,8 +277,7 @@ class UniX(nn.Module):
         """One image a caption -> uint8 (b, 3, size, size), each from the noise of its own seed.
         Raises UserError. `how`: points, shift, scale, eta, interval of diffusion.sample."""
         side, ids = self.latent_rows(size), [self.ids(c) for c in captions]
-        for latents in self.sample_latents(ids, side, side, seeds or range(len(ids)), **how):
-            pass
+        *_, latents = self.sample_latents(ids, side, side, seeds or range(len(ids)), **how)
         return to_uint8(torch.cat([self.vae.decode(some) for some in latents.split(8)]))
 
     # ---- weights folders
@@ -331,7 +330,7 @@ def use_bf16(precision: str, device: str | torch.device, model: nn.Module) -> bo
 
 
 # ---- weights folders: names, settings, sizes (you need not read on) -----------------------------
-# What released folders call otherwise: names of tensors, settings of config.json
+# Released folders' names of tensors and of settings in config.json
 RELEASED = tomllib.loads((Path(__file__).parent / "assets" / "released.toml").read_text("utf-8"))
 OURS, UNITS = RELEASED["config"]["ours"], RELEASED["vae"]
 
@@ -403,9 +402,10 @@ def infer_config(weights: dict[str, Tensor], about: "JsonFile") -> Config:
         latent_patch=latent_patch, latent_channels=latents // latent_patch ** 2,
         interpolate_pos=about.get("interpolate_pos", False),
         guidance=about.get(f"{sampling}.cfg_text_scale", base.guidance),
-        guided=tuple(about.get(f"{sampling}.cfg_interval.{i}", base.guided[i]) for i in (0, 1)),
-        **{ours[1:]: about.get(f"special_token_ids.{theirs}", i, 0, vocab - 1)
-           for (theirs, ours), i in zip(markers.items(), usual)},
+        guidance_interval=tuple(about.get(f"{sampling}.cfg_interval.{i}", t)
+                                for i, t in enumerate(base.guidance_interval)),
+        **{name[1:]: about.get(f"special_token_ids.{theirs}", i, 0, vocab - 1)
+           for (theirs, name), i in zip(markers.items(), usual)},
         **{k: about.get(f"ours.{k}", getattr(base, k), 0, 1 if k == "eta" else 1e9) for k in OURS})
 
 
@@ -442,8 +442,7 @@ def save_vae(vae: VAE, folder: Path, dtype: torch.dtype | None = None):
     """Writes an autoencoder, the scale and shift of its latents, and the groups of its norms."""
     folder.mkdir(parents=True, exist_ok=True)
     with atomic(folder / "config.json") as temporary:
-        units = {k: getattr(vae, ours) for k, (ours, *_) in UNITS.items()}
-        temporary.write_text(json.dumps(units))
+        temporary.write_text(json.dumps({k: getattr(vae, ours) for k, (ours, *_) in UNITS.items()}))
     write_safetensors({k: v.to(dtype or v.dtype) for k, v in vae.state_dict().items()},
                       folder / "model.safetensors")
 
@@ -576,7 +575,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
         header = json.loads(bytes(raw[8:start].numpy()))
         header.pop("__metadata__", None)
-        found, free = {}, start         # from `free` on no tensor has been yet
+        found, free = {}, start         # no tensor so far ends beyond `free`
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             a, b = (start + offset for offset in entry["data_offsets"])

@@ -93,7 +93,7 @@ def test_the_optimizers_constants(folder, tmp_path):
     assert [trainer.rate(k) for k in (0, 39, 79, 80, 3839)] == [1 / 80, 0.5, 1, 1, 1]
     third = started(folder, tmp_path / "b", 1, train.replace(STAGES["unix"][3], trains="understanding"))
     assert third.rate(0) == 1                       # stage 3 has no warm-up
-    fall = Ours(decay=0.5)
+    fall = Ours(cooldown=0.5)
     trainer.stage = Stage("understanding", 96, 1e-3, 0, 100, 4, ours=fall)
     assert [trainer.rate(k) for k in (0, 50, 75, 99)] == [1, 1, 0.5, 0.02]
 

@@ -197,7 +197,7 @@ def test_images_are_generated_as_the_config_says(model):
     """Scale, eta, interval of the config where none is given; seeds 0, 1, ...; no_context needs
     none of it and ignores the text."""
     with_vae(model).tokenizer, c = Letters(), model.config
-    c.guidance, c.eta, c.guided = 3.0, 0.5, (0.2, 0.9)
+    c.guidance, c.eta, c.guidance_interval = 3.0, 0.5, (0.2, 0.9)
     how = {"points": 5, "scale": 3.0, "eta": 0.5, "interval": (0.2, 0.9)}
     want = model.generate(["some", "other"], 32, seeds=[0, 1], **how)
     assert torch.equal(model.generate(["some", "other"], points=5, scale=None), want)
@@ -274,7 +274,7 @@ def test_guidance_in_one_pass_equals_two(model):
 
 
 def test_guidance_is_on_when_the_weights_folder_says(model, tmp_path):
-    model.config.guided = (0.5, 0.8)
+    model.config.guidance_interval = (0.5, 0.8)
     model.save(tmp_path)
     loaded = UniX.load(tmp_path)
     made, said, other = (

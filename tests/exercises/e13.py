@@ -42,18 +42,18 @@ as a dict from names to parameters; the optimizer gets these and no others.
 `rate(self, step)` is the share of the learning rate at a step; the first step is 0. With
 `s = self.stage`: it rises in a straight line over `s.warmup` steps, so that step 0 has 1 / warmup
 and step warmup - 1 has 1 (no step is wasted at 0), and then stays 1. Without warm-up it is 1 from
-the start. `tiny` also lets it fall: where `s.ours.decay` is not 0, it falls in a straight line over
+the start. `tiny` also lets it fall: where `s.ours.cooldown` is not 0, it falls straight over
 that share of all `s.steps`, so that it would be 0 at step `s.steps`, one after the last. Where both
 act, the smaller counts.
 
-Worked example: 100 steps, warm-up 10, decay 0.4. Steps 0, 4, 9, 10, 60, 80, 99 have
+Worked example: 100 steps, warm-up 10, cooldown 0.4. Steps 0, 4, 9, 10, 60, 80, 99 have
 0.1, 0.5, 1, 1, 1, 0.5, 0.025.
 """
 HINTS = (
     "What happens to `gen` when an optimizer changes `und` in place after your copy?",
     "`load_state_dict` copies values. `model.requires_grad_(False)` freezes all. For the rate, write"
     " down the rise and the fall as two numbers.",
-    "rise = min(1, (step + 1) / warmup); fall = min(1, (steps - step) / (decay * steps)); the rate "
+    "rise = min(1, (step + 1) / warmup); fall = min(1, (steps - step) / (cooldown * steps)); the rate "
     "is the smaller one. Do not forget `norm_gen` and the projector.",
 )
 SEES = ("Bars: how far each part moved in 20 steps. The generation branch moves; image encoder, "
@@ -234,7 +234,7 @@ def check_projector(lib, seed):
 def rates(lib, steps, warmup, decay) -> list[float]:
     """The rate at each step of a stage."""
     found = lib.train.Trainer.__new__(lib.train.Trainer)
-    ours = lib.train.Ours(decay=decay)
+    ours = lib.train.Ours(cooldown=decay)
     found.stage = lib.train.Stage("generation", 64, 1e-3, warmup, steps, ours=ours)
     found.options, found.step = lib.train.Options(stage=2), 0
     return [float(found.rate(i)) for i in range(steps)]
@@ -245,7 +245,7 @@ def slow_rate(self, step):
     points = [((s.warmup - 1), 1.0)] if s.warmup else [(0, 1.0)]
     last, high = points[0]
     rise = 1.0 if step >= last else 1 / s.warmup + (high - 1 / s.warmup) * step / max(last, 1)
-    long = s.ours.decay * s.steps
+    long = s.ours.cooldown * s.steps
     fall = 1.0 if not long or step <= s.steps - long else 1 - (step - (s.steps - long)) / long
     return min(rise, fall)
 
@@ -282,7 +282,7 @@ def check_decay(lib, seed):
     for steps, warmup, decay in ((50, 0, 1.0), (60, 12, 1.0), (37, 5, 0.3)):
         got = torch.tensor(rates(lib, steps, warmup, decay))
         stage = lib.train.Stage("generation", 64, 1e-3, warmup, steps,
-                                ours=lib.train.Ours(decay=decay))
+                                ours=lib.train.Ours(cooldown=decay))
         want = [slow_rate(types.SimpleNamespace(stage=stage), i) for i in range(steps)]
         close(got, torch.tensor(want), f"{steps} steps, warm-up {warmup}, decay {decay}: the rate "
               "must be the smaller of rise and fall", 1e-6)
@@ -395,7 +395,7 @@ def rate(self, step):
     s, share = self.stage, 1.0
     if step < s.warmup:
         share = (step + 1) / s.warmup
-    length = s.ours.decay * s.steps
+    length = s.ours.cooldown * s.steps
     if length and s.steps - step < length:
         share = min(share, (s.steps - step) / length)
     return share
@@ -446,7 +446,7 @@ def rate(self, step):
 
 
 _RISE = "min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0"
-_FALL = "min(1.0, (s.steps - step) / (s.ours.decay * s.steps)) if s.ours.decay else 1.0"
+_FALL = "min(1.0, (s.steps - step) / (s.ours.cooldown * s.steps)) if s.ours.cooldown else 1.0"
 WRONG = {
     "an alias": _copy("    for layer in tower.layers:\n        layer.gen = layer.und\n"
                       "    tower.norm_gen = tower.norm\n"),
@@ -489,10 +489,10 @@ WRONG = {
                                        _FALL),
     "no warm-up": _rate("1.0", _FALL),
     "divides by no warm-up": _rate("min(1.0, (step + 1) / s.warmup)", _FALL),
-    "0 at the last step": _rate(_RISE, "min(1.0, (s.steps - 1 - step) / (s.ours.decay * s.steps)) "
-                                       "if s.ours.decay else 1.0"),
+    "0 at the last step": _rate(_RISE, "min(1.0, (s.steps - 1 - step) / (s.ours.cooldown * "
+                                       "s.steps)) if s.ours.cooldown else 1.0"),
     "decay always": _rate(_RISE, "(s.steps - step) / s.steps"),
-    "decay is not a share": _rate(_RISE, "1 - s.ours.decay * step / s.steps"),
+    "decay is not a share": _rate(_RISE, "1 - s.ours.cooldown * step / s.steps"),
     "no decay": _rate(_RISE, "1.0"),
     "product for minimum": _rate(_RISE, _FALL, "rise * fall"),
     "a cosine": _rate(_RISE, "0.5 + 0.5 * math.cos(math.pi * step / s.steps)"),
