@@ -1,4 +1,4 @@
-"""Images and reports in, batches out (ours; the paper prepares its data as Sec. 3.4 says).
+"""Images and reports in, batches out (ours).
 
 An image is grey, uint8 (h, w). A report is `FINDINGS: ... IMPRESSION: ...`, or one of both. Sides
 are the patient's: the patient's left is on the viewer's right. The order: images, data folders,

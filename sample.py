@@ -280,9 +280,8 @@ def open_model(args) -> UniX:
         note("these weights know phantoms alone: what they write of a real X-ray means nothing")
     if use_bf16(args.precision, device, model):
         bf16 = torch.autocast(device.type, torch.bfloat16)
-        model.report, model.generate = bf16(model.report), bf16(model.generate)
-        if model.vae is not None:               # it stays fp32
-            model.vae.decode = torch.autocast(device.type, enabled=False)(model.vae.decode)
+        for name in ("report", "read_captions", "velocity"):    # the autoencoder stays fp32
+            setattr(model, name, bf16(getattr(model, name)))
     return model
 
 
@@ -412,7 +411,7 @@ def recorded():
     fused, weights = joint_attn.attend, []
 
     def attend(q, k, v, mask=None, causal=False):
-        weights.append(attention(q, k, mask, causal)[0].mean(0))
+        weights.append(attention(q, k, mask, causal)[0].mean(0).float())
         return fused(q, k, v, mask, causal)
     joint_attn.attend = attend
     try:

@@ -193,6 +193,14 @@ def test_settings_are_as_asked_else_as_trained(weights):
                                 f"weights {weights}, 32 px, guidance 1, 9 points, shift 1, eta 0")
 
 
+def test_every_command_runs_in_bf16(weights, image, tmp_path):
+    for words in (("report", image), ("generate", "fine", "--points", 3, "--out", tmp_path / "a.png"),
+                  ("look", "fine", "--points", 3, "--out", tmp_path / "b.png"),
+                  ("look", image, "--out", tmp_path / "c.png"),
+                  ("evaluate", "--samples", 2, "--points", 3, "--out", tmp_path / "e")):
+        call(weights, *words, "--precision", "bf16")
+
+
 def test_generate_takes_a_size(weights, tmp_path):
     call(weights, "generate", "fine", "--size", 32, "--points", 3, "--out", tmp_path / "a.png")
     assert Image.open(tmp_path / "a.png").size == (32, 32)
@@ -306,26 +314,30 @@ def test_weights_that_cannot_generate_say_so(weights, image, tmp_path, capsys):
 
 def test_precision(weights, image, tmp_path, monkeypatch):
     """bf16 for large models where it is fast; never for `tiny`; the autoencoder stays fp32."""
-    seen = []
-    for part, name in ((UniX, "report"), (UniX, "generate"), (VAE, "decode")):
-        monkeypatch.setattr(part, name, lambda self, *_, name=name, **__: seen.append(
-            (name, torch.is_autocast_enabled("cpu"))))
+    seen = {}
+    for part, name in ((UniX, "report"), (UniX, "read_captions"), (UniX, "velocity"),
+                       (VAE, "decode")):
+        def watched(self, *args, name=name, real=getattr(part, name), **how):
+            seen[name] = torch.is_autocast_enabled("cpu")
+            return real(self, *args, **how)
+        monkeypatch.setattr(part, name, watched)
 
     def cast(*words):
         seen.clear()
         model = sample.open_model(sample.parse(["report", image, "--weights", str(weights),
                                                 "--device", "cpu", *words]))
-        with torch.autocast("cpu", torch.bfloat16):
-            model.vae.decode(None)
-        for name in ("report", "generate"):
-            getattr(model, name)(None)
-        return dict(seen)
+        size = model.config.vit_image
+        model.report(model.vit.prepare(torch.zeros(1, size, size, dtype=torch.uint8)), max_new=2)
+        model.generate(["Large left effusion."], points=3)
+        assert seen.keys() == {"report", "read_captions", "velocity", "decode"}
+        assert not seen.pop("decode") and len({*seen.values()}) == 1
+        return seen["report"]
     for fast in (False, True):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
         monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
         for words in ((), ("--precision", "fp32")):         # narrow: never
-            assert not cast(*words)["report"] and not cast(*words)["generate"]
-        assert cast("--precision", "bf16") == {"report": True, "generate": True, "decode": False}
+            assert not cast(*words)
+        assert cast("--precision", "bf16")
     load = UniX.load
 
     def wide(*how):
@@ -333,11 +345,11 @@ def test_precision(weights, image, tmp_path, monkeypatch):
         model.config.width = 512
         return model
     monkeypatch.setattr(UniX, "load", staticmethod(wide))
-    assert cast()["report"] and cast()["generate"] and not cast("--precision", "fp32")["report"]
+    assert cast() and not cast("--precision", "fp32")
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-    assert not cast()["report"]
+    assert not cast()
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
-    assert cast()["report"]
+    assert cast()
 
 
 def test_bf16_gives_nearly_the_same_image(weights, tmp_path):
