@@ -87,7 +87,7 @@ def read_image(path, at_least=0):
     content = b"?"
     try:
         content = Path(path).read_bytes()
-        return decode(without_metadata(content), at_least)
+        return decode_image(without_metadata(content), at_least)
     except Exception as error:  # PIL raises a dozen kinds for broken files
         if content[128:132] == b"DICM":
             raise UserError(f"{path} is a DICOM file; convert it to PNG first, for example with "
@@ -112,7 +112,7 @@ def without_metadata(content):
     return b"".join(kept)
 
 
-def decode(content, at_least):
+def decode_image(content, at_least):
     """The bytes of a file -> uint8 (h, w). Many kinds of exception if they are broken."""
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -467,7 +467,7 @@ def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1)
 
     import torch  # here: a first look does without
     parts = -(-b // CHUNK)
-    with contextlib.closing(load(dataset, chunks(), workers, 2 * parts)) as loaded:
+    with contextlib.closing(load_chunks(dataset, chunks(), workers, 2 * parts)) as loaded:
         while True:
             samples = [*itertools.chain(*itertools.islice(loaded, parts))]
             dataset.account(samples)
@@ -476,7 +476,7 @@ def batches(dataset, batch_size, seed, start_step=0, workers=0, rank=0, world=1)
                    for key, row in rows.items()}
 
 
-def load(dataset, chunks, workers, ahead):
+def load_chunks(dataset, chunks, workers, ahead):
     """Yield the samples of each chunk of indices. The k-th comes from loader process k % workers;
     each has up to `ahead` chunks waiting. UserError if one is killed or gives nothing for PATIENCE
     seconds."""

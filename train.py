@@ -164,8 +164,8 @@ from PIL import Image, ImageDraw                          # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
 from ar import Tokenizer, vit_pixels                      # noqa: E402
-from data import (UserError, atomic, batches, impression, kill_workers, load,  # noqa: E402
-                  open_data, plain_streams, sheet)
+from data import (UserError, atomic, batches, impression, kill_workers,  # noqa: E402
+                  load_chunks, open_data, plain_streams, sheet)
 from diffusion import (VAE, path, repa_loss, sample_time, to_uint8, vae_pixels,  # noqa: E402
                        velocity_from_x0, velocity_loss)
 from joint_attn import Context                            # noqa: E402
@@ -756,7 +756,7 @@ class LatentCache:
         chunks = ([*range(i, min(i + 8, last))] for i in range(first, last, 8))
         texts, files, name = [], {}, f"latents at {self.source.size} px"
         with progress(last - first, name, "image", not procs.rank) as bar:
-            for samples in load(self.source, chunks, workers, 2):   # 8 images fit a CPU's caches
+            for samples in load_chunks(self.source, chunks, workers, 2):     # 8 fit a CPU's caches
                 self.source.account(samples)
                 images = np.stack([s["image"] for s in samples])
                 images = torch.from_numpy(images).to(model.device)

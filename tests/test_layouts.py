@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageOps
 
 from ar import vit_pixels
-from data import (UserError, batches, clean_folder, label_report, load, open_data, phantom,
+from data import (UserError, batches, clean_folder, label_report, load_chunks, open_data, phantom,
                   phantom_scene, read_data, read_image, sheet, square)
 from diffusion import vae_pixels
 
@@ -808,9 +808,9 @@ def test_slow_images_are_no_stall(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_a_finite_list_of_chunks_ends(data, workers):
-    found = [sample["index"] for samples in load(data, [[0, 1], [2], [3, 4]], workers, 2)
+    found = [sample["index"] for samples in load_chunks(data, [[0, 1], [2], [3, 4]], workers, 2)
              for sample in samples]
-    assert found == [0, 1, 2, 3, 4] and not list(load(data, [], workers, 2))
+    assert found == [0, 1, 2, 3, 4] and not list(load_chunks(data, [], workers, 2))
 
 
 def test_loader_processes_end_with_a_killed_program(tmp_path):
