@@ -731,8 +731,8 @@ class LatentCache:
                 self.texts = known["texts"]
                 return
             if begun:
-                raise UserError(f"the images or --images are not those that this stage began with "
-                                f"({about}); restore them, or use another --out")
+                raise UserError("the images, --images or --vae are not those that this stage began "
+                                f"with ({about}); restore them, or use another --out")
         except (OSError, ValueError, LookupError, TypeError):
             pass
         for old in () if procs.rank else self.stem.parent.glob(f"{self.stem.name}.*"):

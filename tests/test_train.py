@@ -280,7 +280,7 @@ def test_a_stage_that_has_begun_keeps_its_images(trained, folder, tmp_path):
     """More or other images would change the order of the batches, and what was not cached."""
     begun(folder, tmp_path / "run", 2, 1, trained[0])
     for images in (5, 7):
-        with pytest.raises(UserError, match="--images are not those that this stage began with"):
+        with pytest.raises(UserError, match="not those that this stage began with"):
             train.run(options(folder, tmp_path / "run", 2, steps=4, images=images))
     train.run(options(folder, tmp_path / "run", 2, steps=4))
 
