@@ -1164,10 +1164,11 @@ def first_look(source, out):
 
 def main():
     parser = argparse.ArgumentParser(description="A first look at a data folder, or its cleaning.")
-    parser.add_argument("source", nargs="?", default="phantom", metavar="DIR")
+    parser.add_argument("source", nargs="?", default="phantom", metavar="DIR",
+                        help="phantom, a data folder, or one of its tables")
     parser.add_argument("--out", default="sheet.png", help="where the sheet of images goes")
     parser.add_argument("--clean", action="store_true", help="write DIR/cleaned.jsonl for training")
-    parser.add_argument("--export-prompts", metavar="FILE", help="ask a language model to clean")
+    parser.add_argument("--export-prompts", metavar="FILE", help="prompts for a cleaning model")
     parser.add_argument("--answers", metavar="FILE", help='its answers: {"id", "report"} a line')
     args = parser.parse_args()
     plain_streams()

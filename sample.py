@@ -64,7 +64,7 @@ def parse(argv=None) -> argparse.Namespace:
         return add
     add = command("report", "write the report of each image")
     add("images", nargs="+", help="image files")
-    add("--prompt", help="instruction (default: the one used in training)")
+    add("--prompt", help="instruction (default: the first of training's 4)")
     add("--max-tokens", type=number(int, 1, 100_000), default=500, help="longest report (500)")
     add("--temperature", type=number(float, 0, 100), default=0.0, help="0: the likeliest word (0)")
     add("--top-p", type=number(float, 0.001, 1), help="nucleus to sample from (default: 1, all)")
@@ -80,7 +80,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--data", default="phantom", help="phantom (default) or a data folder")
     add("--split", default="val", choices=("val", "test"), help="which images (%(default)s)")
     add("--samples", type=number(int, 1, 2**31), default=500, help="images and captions (500)")
-    add("--out", help="folder for the results (default: WEIGHTS/evaluation)")
+    add("--out", help="folder for the results (default: evaluation, in WEIGHTS or runs)")
     add("--features", help="RAD-DINO folder (default: our image encoder)")
     add("--judge", metavar="WEIGHTS", help="a second reader of the generated images")
     args = parser.parse_args(argv)

@@ -6,9 +6,9 @@
     python train.py --stage 3      generation at high resolution
 
 What a stage does not train is frozen: no gradient, and not in the optimizer. The same command
-resumes a run that was stopped, bit for bit: the random numbers of a step depend on (seed, stage,
-step) alone. In this file: the stages and options, one training step, the loop, what is kept (log,
-checkpoints, caches), and the setting-up.
+resumes a run that was stopped, on a CPU bit for bit: the random numbers of a step depend on (seed,
+stage, step) alone. In this file: the stages and options, one training step, the loop, what is kept
+(log, checkpoints, caches), and the setting-up.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from pathlib import Path
 
 CAPTION_DROPOUT = 0.1       # share of captions that are dropped, for guidance (released code)
 SHORT_CAPTIONS = 0.25       # share of captions that are cut to their impression (ours)
+PHANTOMS = 8192             # images that stages 2 and 3 learn from, where they are endless
 REPA_DEPTH = 8 / 24         # REPA takes the states after this share of the layers (Sec. 3.4)
 BRANCHES = "understanding", "generation", "vae"
 
@@ -36,7 +37,6 @@ class Ours:
     ema: float = 0.0            # decay of the averaged weights that are saved; 0: no average
     cooldown: float = 0.0       # share of the steps, at the end, in which the rate falls to 0
     muon: float = 0.0           # learning rate of matrices under Muon; 0: AdamW for all
-    images: int = 0             # number of images taken from an endless set; 0: all
     time_shift: float = 1.0     # of training times to noise; falls to 1 in the last 70% of steps
 
 
@@ -64,9 +64,9 @@ STAGES = {
         0: Stage("vae", 64, 2e-3, 50, 2_000, 2, ours=Ours(cooldown=0.4, muon=0.02)),
         1: Stage("understanding", 96, 2e-3, 50, 4_000, 16, ours=Ours(cooldown=0.4, muon=0.005)),
         2: Stage("generation", 64, 2e-3, 50, 5_000, 16, 0.5,
-                 Ours(ema=0.998, cooldown=1.0, muon=0.02, images=8_192, time_shift=8.0)),
+                 Ours(ema=0.998, cooldown=1.0, muon=0.02, time_shift=8.0)),
         3: Stage("generation", 128, 2e-3, 0, 9_000, 16,
-                 ours=Ours(ema=0.998, cooldown=1.0, muon=0.02, images=8_192, time_shift=8.0)),
+                 ours=Ours(ema=0.998, cooldown=1.0, muon=0.02, time_shift=8.0)),
     },
 }
 
@@ -89,22 +89,22 @@ class Options:
     """What a user can say; `--help` is made from this."""
     stage: int = option(None, "which stage to run: 0, 1, 2 or 3", choices=(0, 1, 2, 3))
     data: str = option("phantom", "phantom (painted X-rays, no download) or a data folder")
-    out: str = option(None, "weights folder to write and to resume (default: runs/NAME)")
+    out: str = option(None, "weights folder to write and resume (default: runs/NAME, NAME of DATA)")
     preset: str = option("tiny", "tiny (a laptop) or unix (the paper)", choices=tuple(STAGES))
     weights: str = option(None, "folder to start from: UniX, Janus-Pro, your run", stages=(1, 2, 3))
-    vae: str = option(None, "autoencoder: CompVis .ckpt or .safetensors (default: stage 0's)",
+    vae: str = option(None, "autoencoder: CompVis .ckpt or .safetensors (default: the run's)",
                       stages=(1, 2, 3))
     steps: int = option(None, "optimizer steps (default: see --plan)", 1)
-    batch_size: int = option(None, "images a step, over all processes", 1)
-    accumulate: int = option(1, "parts of a batch, in turn: same result, less memory", 1)
-    lr: float = option(None, "learning rate", 1e-12)
+    batch_size: int = option(None, "images a step, over all processes (default: see --plan)", 1)
+    accumulate: int = option(1, "parts of a batch, in turn: less memory", 1)
+    lr: float = option(None, "learning rate (default: Table 1, or ours)", 1e-12)
     repa_weight: float = option(None, "weight of REPA's loss (default: 0.5)", 0, stages=(2,))
     repa_teacher: str = option(None, "RAD-DINO folder (default: our image encoder)", stages=(2,))
     train: str = option("own", "own: the stage's branch alone; both: Table 5", stages=(2, 3),
                         choices=("own", "both"))
     mix: str = option("1:1", "with --train both: images to read : images to generate",
                       stages=(2, 3), choices=("1:1", "1:2", "1:4", "0:1"))
-    images: int = option(None, "images to learn from (default: all; tiny: 8192 phantoms)", 1,
+    images: int = option(None, "images to learn from (default: all, or 8192 phantoms)", 1,
                          stages=(2, 3))
     share_layers: int = option(0, "first layers that the branches share", 0, stages=(1, 2))
     no_context: bool = option(False, "cut the joint attention: latents see no text", stages=(2, 3))
@@ -145,7 +145,7 @@ def parse(argv=None) -> Options:
                                      formatter_class=argparse.RawTextHelpFormatter)
     for f in fields(Options):
         how = {"type": f.type, "default": f.default, "choices": f.metadata["choices"]}
-        shown = f" (default: {f.default})" if f.default not in (None, False) else ""
+        shown = "" if f.default is None or f.default is False else f" (default: {f.default})"
         parser.add_argument("--" + f.name.replace("_", "-"), help=f.metadata["help"] + shown,
                             **{"action": "store_true"} if f.type is bool else how)
     options = Options(**vars(parser.parse_args(argv)))
@@ -349,8 +349,8 @@ class Trainer:
                 "repa": self.stage.repa_weight / images, "kl": 1e-5 / images}
 
     def rate(self, step: int) -> float:
-        """Share of the learning rate at a step: linear warm-up, then constant; `tiny` falls to 0
-        at the end."""
+        """Share of the learning rate at a step: linear warm-up, then constant, with a
+        linear fall to 0 in `tiny`."""
         s = self.stage
         rise = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
         fall = min(1.0, (s.steps - step) / (s.ours.cooldown * s.steps)) if s.ours.cooldown else 1.0
@@ -922,7 +922,8 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
         teacher = load_rad_dino(o.repa_teacher).to(procs.device)
     images = o.train == "both" and open_data(o.data, "train", model.config.vit_image, "image")
     out.mkdir(parents=True, exist_ok=True)
-    latents = LatentCache(data, min(len(data), stage.ours.images or len(data)), out, images)
+    count = o.images or (PHANTOMS if o.data == "phantom" else len(data))
+    latents = LatentCache(data, min(len(data), count), out, images)
     latents.fill(model, teacher, procs, o.workers, begun)
     return Trainer(o, stage, model, latents, procs, out)
 
@@ -933,8 +934,7 @@ def run(options: Options, procs: Processes | None = None):
         raise UserError(options.problem())
     o, stage = options, STAGES[options.preset][options.stage]
     chosen = {"steps": o.steps, "batch": o.batch_size, "lr": o.lr, "repa_weight": o.repa_weight}
-    ours = replace(stage.ours, images=o.images or stage.ours.images * (o.data == "phantom"),
-                   muon=stage.ours.muon * (o.lr or stage.lr) / stage.lr)
+    ours = replace(stage.ours, muon=stage.ours.muon * (o.lr or stage.lr) / stage.lr)
     stage = replace(stage, ours=ours, **{k: v for k, v in chosen.items() if v is not None})
     if o.accumulate > stage.batch:
         raise UserError(f"--accumulate {o.accumulate}: a batch has only {stage.batch} images")

@@ -285,15 +285,16 @@ def test_a_stage_that_has_begun_keeps_its_images(trained, folder, tmp_path):
     train.run(options(folder, tmp_path / "run", 2, steps=4))
 
 
-def test_tiny_learns_from_all_images_of_a_folder(trained, folder, tmp_path, monkeypatch):
-    """Only the endless phantoms are cut (to 8,192)."""
-    seen = {}
-    monkeypatch.setattr(train, "set_up", lambda o, stage, *_: seen.update({o.data: stage}) or 1 / 0)
+def test_only_the_endless_phantoms_are_cut(trained, folder, tmp_path, monkeypatch):
+    """Stages 2 and 3 learn from all images of a folder, and from 8,192 phantoms."""
+    seen = []
+    monkeypatch.setattr(train, "LatentCache", lambda data, count, *_: seen.append(count) or 1 / 0)
     for data in ("phantom", str(folder)):
         for images in (None, 7):
             with pytest.raises(ZeroDivisionError):
-                train.run(Options(stage=2, data=data, images=images, out=str(tmp_path)))
-            assert seen[data].ours.images == (images or (8192 if data == "phantom" else 0))
+                train.run(Options(stage=2, data=data, images=images, out=str(tmp_path),
+                                  weights=str(trained[0])))
+    assert seen == [8192, 7, 16, 7]
 
 
 @pytest.mark.parametrize("stage, more, said", [
@@ -337,7 +338,7 @@ def test_table_1():
     for k, row in want.items():
         s = STAGES["unix"][k]
         assert (s.trains, s.pixels, s.lr, s.warmup, s.steps, s.batch, s.repa_weight) == row
-        assert not s.ours.decay and not s.ours.muon and s.ours.time_shift == 1
+        assert not s.ours.cooldown and not s.ours.muon and s.ours.time_shift == 1
 
 
 def test_captions_are_dropped_one_time_in_ten_and_times_are_logit_normal(folder, tmp_path):

@@ -76,7 +76,7 @@ PATIENTS = (
           "decay = 0.9999"),),
         "e15.check_average",
         "The loss is the healthy one to the last digit, yet images are dark squares with bright "
-        "blots: 300 steps at .9999 leave 97% of the average at the random beginning. What is "
+        "blots: 300 steps at .9999 leave 97% of the average at the beginning. What is "
         "drawn is not what was trained."),
     Patient(
         "latents are not scaled on their way in", 2,
