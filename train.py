@@ -957,7 +957,8 @@ def memory(model: UniX, options: Options, stage: Stage, rows: int, bf16: bool) -
     the backward pass were measured (tests/test_lab.py; in bf16 on an H200)."""
     c, both = model.config, options.train == "both"
     branches = {k: sum(p.numel() for p in model.branch(k).values()) for k in BRANCHES}
-    trained = branches[stage.trains] + both * branches["understanding"]
+    branches["projector"] = (2 * c.width + c.vit_width) * c.width * bool(stage.repa_weight)
+    trained = branches[stage.trains] + both * branches["understanding"] + branches["projector"]
     image, latents, text = tokens_a_sample(model, stage)
     layer = 8 * c.mlp + 36 * c.width if bf16 else 16 * c.mlp + 60 * c.width
     patch = 4 * c.vit_mlp + 20 * c.vit_width if bf16 else 8 * c.vit_mlp + 32 * c.vit_width

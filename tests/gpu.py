@@ -62,6 +62,7 @@ class Lab:
         self.config = PRESETS["tiny" if small else "unix"]
         self.sizes = (64, 128) if small else (256, 512)     # pixels of generated images
         self.batches = ((2, 2),) if small else ((8, 2), (64, 8))    # images of a step, its parts
+        self.precision = "bf16"             # of the steps of `unix`
         self.flops = self.bandwidth = math.nan
         images = open_data("phantom", "train", 64)
         reports = [images.text(i)[0] for i in range(60 if small else 240)]
@@ -389,7 +390,7 @@ def steps_of(stage: int):
         for batch, parts in lab.batches:
             table = STAGES["unix"][k]
             o = Options(stage=k, preset="unix", batch_size=batch, accumulate=parts,
-                        precision="bf16")
+                        precision=lab.precision)
             s = replace(table, batch=batch, warmup=0,
                         pixels=model.config.vit_image if k == 1 else pixels)
             data = SimpleNamespace(maps={"features": np.zeros((1, 1, model.config.vit_width))})
