@@ -17,6 +17,7 @@ from PIL import Image
 
 import joint_attn
 import sample
+import side_probe
 from ar import Tokenizer, vit_pixels
 from conftest import ROOT, small_config
 from data import UserError, impression, phantom, phantom_scene
@@ -635,3 +636,15 @@ def test_a_full_disk_is_one_line(weights, image, tmp_path):
                               stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr == "sample.py: [Errno 28] No space left on device\n"
+
+
+def test_a_probe_reads_sides_where_they_are_and_only_there():
+    """The weights of the repository keep the side of a finding from the second layer on; a word's
+    own embedding, of which the first layer makes its keys and values, does not have it."""
+    torch.manual_seed(0)
+    x, left = torch.randn(900, 8), torch.rand(900).round()
+    assert abs(side_probe.probe(x, left) - 0.5) < 0.1
+    x[:, 3] += 6 * left
+    assert side_probe.probe(x, left) > 0.97
+    first, second, _ = side_probe.measure(UniX.load(SHIPPED), 200)
+    assert first < 0.7 and second > 0.9
