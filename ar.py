@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from data import UserError, atomic
@@ -90,8 +90,7 @@ class ViT(nn.Module):
 
 
 def vit_pixels(images: Tensor) -> Tensor:
-    """uint8 or float (b, h, w) in [0, 255] -> float (b, 3, h, w), the ViT's input (released code).
-    """
+    """uint8 or float (b, h, w), 0 to 255 -> float (b, 3, h, w), the ViT's input (released code)."""
     return ((images.float() / 255 - .555895) / .336385)[:, None].expand(-1, 3, -1, -1)
 
 
@@ -191,18 +190,15 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def init_local_attention(self):
-        """A start that binds words (ours): half of the heads look near, by one bias for queries and
-        keys in the channels that RoPE turns fastest. In the first layer they copy what they find.
-        So "effusion" carries its "left" from then on, and latents read both from one token."""
+        """A start that binds words (ours): half of the heads look near, by a bias in the channels
+        that RoPE turns fastest; in the first layer they copy. So "effusion" carries its "left"."""
         for i, und in enumerate(layer.und for layer in self.tower.layers):
             k, v, o = und.head_dim, und.v_proj.weight, und.o_proj.weight
+            n = len(v) // k // 2 * k                                # channels of these heads
             for proj in (und.q_proj, und.k_proj):
-                heads = proj.bias.view(-1, 2, k // 2)                   # the two channels of a pair
-                heads[:len(heads) // 2, :, :k // 4] = 1
-            if i == 0:
-                near, r = v[:len(v) // k // 2 * k], o.shape[1] // len(v)    # r queries share a key
-                copied = repeat(nn.init.orthogonal_(near, 0.5), "(g k) d -> d (g r k)", k=k, r=r)
-                o[:, :copied.shape[1]] = 0.2 * copied
+                proj.bias[:n].view(-1, 2, k // 2)[..., :k // 4] = 1     # both channels of a pair
+            if i == 0 and len(v) == o.shape[1]:                     # each head has its own values
+                o[:, :n] = 0.2 * nn.init.orthogonal_(v[:n], 0.5).T
 
     def read_text(self, tokens: Tensor, length: Tensor, image: Tensor | None = None):
         """Reads `[BOI image EOI]` (one RoPE id) and then text -> hidden of the text, Context.
@@ -211,9 +207,8 @@ class LanguageModel(nn.Module):
         with its two markers. Without an image the text starts at RoPE id 0.
         """
         x, ids = self.embed_tokens(tokens), torch.arange(tokens.shape[1], device=tokens.device)
-        n_image = 0
-        if image is not None:
-            n_image = image.shape[1]
+        n_image = 0 if image is None else image.shape[1]
+        if n_image:
             x = torch.cat([image, x], dim=1)
             ids = torch.cat([ids.new_zeros(n_image), ids + 1])
         hidden, context = self.tower.read_context(x, ids.expand(len(x), -1), length + n_image,
@@ -250,8 +245,7 @@ def decode(lm: LanguageModel, tokens: Tensor, length: Tensor, image: Tensor | No
     when every sample has written eos, or after max_new tokens.
     """
     hidden, context = lm.read_text(tokens, length, image)
-    b, rows = len(tokens), torch.arange(len(tokens), device=tokens.device)
-    size = context.kv[0][0].shape[2]
+    rows, size = torch.arange(len(tokens), device=tokens.device), context.kv[0][0].shape[2]
     cache = [[F.pad(a, (0, 0, 0, max_new)) for a in pair] for pair in context.kv]
     at, ids, done = context.length, context.next_id, torch.zeros_like(length, dtype=torch.bool)
     hidden = hidden[rows, length - 1]

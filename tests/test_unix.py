@@ -94,11 +94,6 @@ def test_half_of_the_heads_of_a_new_model_look_near_and_the_first_layer_copies()
         copy = und.o_proj.weight[:, :64] @ und.v_proj.weight[:64] / 0.05
         assert torch.allclose(copy @ copy, copy, atol=1e-5) == (i == 0)
         assert i or abs(copy.trace() - 64) < 1e-3
-    torch.manual_seed(0)            # two queries a key: both heads of the first key copy its values
-    und = UniX(small_config(width=64, heads=8, kv_heads=4, head_dim=8)).lm.tower.layers[0].und
-    for head in range(4):
-        o, v = und.o_proj.weight[:, 8 * head:][:, :8], und.v_proj.weight[8 * (head // 2):][:8]
-        torch.testing.assert_close(o, 0.2 * v.T)
 
 
 def test_the_first_losses_are_as_expected():
