@@ -188,18 +188,6 @@ class LanguageModel(nn.Module):
         self.tower = Tower(layers, *sizes, share=share)
         self.lm_head = Linear(sizes[0], vocab, bias=False)
 
-    @torch.no_grad()
-    def init_local_attention(self):
-        """A start that binds words (ours): half of the heads look near, by a bias in the channels
-        that RoPE turns fastest; in the first layer they copy. So "effusion" carries its "left"."""
-        for i, und in enumerate(layer.und for layer in self.tower.layers):
-            k, v, o = und.head_dim, und.v_proj.weight, und.o_proj.weight
-            n = len(v) // k // 2 * k                                # channels of these heads
-            for proj in (und.q_proj, und.k_proj):
-                proj.bias[:n].view(-1, 2, k // 2)[..., :k // 4] = 1     # both channels of a pair
-            if i == 0 and len(v) == o.shape[1]:                     # each head has its own values
-                o[:, :n] = 0.2 * nn.init.orthogonal_(v[:n], 0.5).T
-
     def read_text(self, tokens: Tensor, length: Tensor, image: Tensor | None = None):
         """Reads `[BOI image EOI]` (one RoPE id) and then text -> hidden of the text, Context.
 
