@@ -63,10 +63,10 @@ STAGES = {
     "tiny": {   # the same on a laptop; sizes keep the paper's ratios
         0: Stage("vae", 64, 2e-3, 50, 2_000, 2, ours=Ours(cooldown=0.4, muon=0.02)),
         1: Stage("understanding", 96, 2e-3, 50, 4_000, 16, ours=Ours(cooldown=0.4, muon=0.005)),
-        2: Stage("generation", 64, 2e-3, 50, 5_000, 16, 0.5,
-                 Ours(ema=0.998, cooldown=1.0, muon=0.02, time_shift=8.0)),
-        3: Stage("generation", 128, 2e-3, 0, 9_000, 16,
-                 ours=Ours(ema=0.998, cooldown=1.0, muon=0.02, time_shift=8.0)),
+        2: Stage("generation", 64, 2e-3, 50, 2_400, 64, 0.5,
+                 Ours(ema=0.99, cooldown=1.0, muon=0.02, time_shift=8.0)),
+        3: Stage("generation", 128, 2e-3, 0, 5_000, 32,
+                 ours=Ours(ema=0.99, cooldown=1.0, muon=0.02, time_shift=8.0)),
     },
 }
 

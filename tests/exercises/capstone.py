@@ -56,8 +56,8 @@ def main():
         sys.exit(f"exercise 15 cannot be used: {e}")
     lib = course.load(course.assemble(course.clean_sources(), answer), keep=True)
     options = lib.train.Options(stage=2, weights=str(args.weights), out=str(args.out),
-                                steps=args.steps, images=IMAGES, sheet_every=10**6,
-                                save_every=10**6)
+                                steps=args.steps, batch_size=16, images=IMAGES,
+                                sheet_every=10**6, save_every=10**6)
     try:
         lib.train.run(options)
     except lib.data.UserError as e:

@@ -43,8 +43,8 @@ def moved(lib) -> float:
 
 
 def kept(lib) -> float:
-    """After how many steps the warmed-up average has the weight of .998 for its past."""
-    return next(k for k in range(1, 10**5) if k / (k + 9) >= 0.998)
+    """After how many steps the warmed-up average has the weight of .99 for its past."""
+    return next(k for k in range(1, 10**5) if k / (k + 9) >= 0.99)
 
 
 QUESTIONS = [
@@ -53,10 +53,10 @@ QUESTIONS = [
      "run": first_loss,
      "why": f"All tokens are about equally likely, and ln 679 = {math.log(679):.2f}. A first loss "
             "far from ln V is a bug."},
-    {"ask": "The averaged weights take the decay min(0.998, step / (step + 9)). At which step does "
-            "it reach 0.998? (Before that, the average is younger than you asked for.)",
+    {"ask": "The averaged weights take the decay min(0.99, step / (step + 9)). At which step does "
+            "it reach 0.99? (Before that, the average is younger than you asked for.)",
      "run": kept,
-     "why": "k / (k + 9) = 0.998 at k = 9 * 0.998 / 0.002 = 4491. So in a short run the average "
-            "follows the weights closely; with 0.998 from the start, 60% of it would still be the "
-            "random beginning after 250 steps."},
+     "why": "k / (k + 9) = 0.99 at k = 9 * 0.99 / 0.01 = 891. So in a short run the average "
+            "follows the weights closely; with 0.99 from the start, 37% of it would still be the "
+            "random beginning after 100 steps."},
 ]

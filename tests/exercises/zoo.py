@@ -154,7 +154,8 @@ def train_one(lib, stage: int, steps: int, flags: dict, weights: Path, out: Path
         shutil.copy(file, out)
     more = {"images": IMAGES} if stage == 2 else {}
     options = lib.train.Options(stage=stage, weights=str(weights), out=str(out), steps=steps,
-                                sheet_every=10**6, save_every=10**6, **more, **flags)
+                                batch_size=16, sheet_every=10**6, save_every=10**6, **more,
+                                **flags)
     assert not options.problem(), options.problem()
     nowhere = io.StringIO()                             # for sizes and progress
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
