@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from data import UserError, atomic
@@ -166,7 +166,6 @@ class RadDino(ViT):
 
 class Connector(nn.Module):
     """Two-layer MLP from image features to the language model's width: (b, n, d_v) -> (b, n, d).
-
     tanh GELU, as released inference computes; the module used in training had the exact one.
     """
 
@@ -187,6 +186,19 @@ class LanguageModel(nn.Module):
         self.embed_tokens = nn.Embedding(vocab, sizes[0])
         self.tower = Tower(layers, *sizes, share=share)
         self.lm_head = Linear(sizes[0], vocab, bias=False)
+
+    @torch.no_grad()
+    def init_local_attention(self):
+        """A start that binds words (ours): half the heads look near, by a bias of q and k in RoPE's
+        fastest channels; in the first layer they copy. So "effusion" carries its "left"."""
+        for i, und in enumerate(layer.und for layer in self.tower.layers):
+            k, v, o = und.head_dim, und.v_proj.weight, und.o_proj.weight
+            for bias in (und.q_proj.bias, und.k_proj.bias):         # (heads, 2 of a pair, pairs)
+                bias.view(-1, 2, k // 2).chunk(2)[0][:, :, :k // 4] = 1
+            if i == 0:
+                near, r = v[:len(v) // k // 2 * k], o.shape[1] // len(v)    # r queries share a key
+                copied = repeat(nn.init.orthogonal_(near, 0.5), "(g k) d -> d (g r k)", k=k, r=r)
+                o[:, :copied.shape[1]] = 0.2 * copied
 
     def read_text(self, tokens: Tensor, length: Tensor, image: Tensor | None = None):
         """Reads `[BOI image EOI]` (one RoPE id) and then text -> hidden of the text, Context.

@@ -101,6 +101,7 @@ class UniX(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
         nn.init.zeros_(self.llm2vae.weight)         # so that the first prediction is 0
+        self.lm.init_local_attention()
         self.tokenizer, self.vae = tokenizer, vae
 
     @property

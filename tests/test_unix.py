@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from ar import ViT, decode, pick, report_loss
 from conftest import small_config
 from data import UserError
 from diffusion import VAE, path, position_ids, sample, shift_time, to_tokens
+from joint_attn import rope
 from unix import PRESETS, UniX, read_safetensors, released, write_safetensors
 
 
@@ -64,14 +66,39 @@ def test_report_loss_is_the_cross_entropy_of_the_report_alone(model, images):
 
 
 def test_new_weights_are_small_and_biases_zero():
-    """N(0, 0.02) for every matrix (GPT-2, LLaMA), 0 for the output of latents."""
+    """N(0, 0.02) for every matrix (GPT-2, LLaMA), 0 for the output of latents. Exceptions are in
+    the next test: biases of the text's queries and keys, and what the first layer copies."""
     torch.manual_seed(0)
     model = UniX(small_config(width=128))
     for name, p in model.named_parameters():
-        if name == "llm2vae.weight" or name.endswith("bias"):
+        if re.search("und.[qk]_proj.bias", name):
+            assert set(p.tolist()) == {0, 1}, name
+        elif name == "llm2vae.weight" or name.endswith("bias"):
             assert not p.any(), name
-        elif p.dim() == 2 and not name.startswith("vit."):
+        elif p.dim() == 2 and not re.match(r"vit|lm.tower.layers.0.und.[vo]_proj", name):
             assert 0.018 < p.std() < 0.022, name
+
+
+@torch.no_grad()
+def test_half_of_the_heads_of_a_new_model_look_near_and_the_first_layer_copies():
+    """Of 100 random tokens the last one gives most of its attention to the last 8 in half of the
+    heads of each layer, and about 8% in the others, as if at random. Values and output projection
+    of these heads make .05 of a projection on 64 of the 128 dimensions, in the first layer alone."""
+    torch.manual_seed(0)
+    model = UniX(PRESETS["tiny"])
+    cos_sin = rope(torch.arange(100)[None], model.config.head_dim)
+    for i, und in enumerate(layer.und for layer in model.lm.tower.layers):
+        q, k, _ = und.qkv(model.lm.embed_tokens(torch.randint(1000, (1, 100))), cos_sin)
+        near = (q @ k.mT / q.shape[-1] ** 0.5)[0, :, -1].softmax(-1)[:, -8:].sum(-1)
+        assert near[:2].min() > 0.6 and near[2:].max() < 0.25
+        copy = und.o_proj.weight[:, :64] @ und.v_proj.weight[:64] / 0.05
+        assert torch.allclose(copy @ copy, copy, atol=1e-5) == (i == 0)
+        assert i or abs(copy.trace() - 64) < 1e-3
+    torch.manual_seed(0)            # two queries a key: both heads of the first key copy its values
+    und = UniX(small_config(width=64, heads=8, kv_heads=4, head_dim=8)).lm.tower.layers[0].und
+    for head in range(4):
+        o, v = und.o_proj.weight[:, 8 * head:][:, :8], und.v_proj.weight[8 * (head // 2):][:8]
+        torch.testing.assert_close(o, 0.2 * v.T)
 
 
 def test_the_first_losses_are_as_expected():
