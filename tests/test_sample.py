@@ -175,8 +175,12 @@ def test_report_and_generate(weights, image, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "new").iterdir()) == names
     one = UniX.load(weights).generate(["fine"], seeds=[7], points=3, shift=3.0)[0, 0].numpy()
     assert (np.array(Image.open(tmp_path / "a.png")) == one).all()
+    last = np.array(Image.open(tmp_path / "new" / names[2]))
+    texts = ["Fine. Good!", "Fine. Good!", "ã", "ã"]
+    four = UniX.load(weights).generate(texts, seeds=[7, 8, 9, 10], points=3, shift=3.0)[:, 0].numpy()
+    assert (last == four[3]).all()
     two = UniX.load(weights).generate(["ã"], seeds=[10], points=3, shift=3.0)[0, 0].numpy()
-    assert (np.array(Image.open(tmp_path / "new" / names[2])) == two).all()
+    assert abs(last.astype(int) - two).max() <= 1       # alone: a last bit may cost a grey level
 
 
 def test_settings_are_as_asked_else_as_trained(weights):
