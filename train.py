@@ -46,7 +46,7 @@ class Stage:
     trains: str                 # the branch that is trained; all others are frozen
     pixels: int                 # resolution
     lr: float
-    warmup: int                 # steps in which the rate rises; it is constant afterwards
+    warmup: int                 # steps in which the rate rises; then it is constant (but: cooldown)
     steps: int
     batch: int = 256
     repa_weight: float = 0.0
@@ -349,8 +349,8 @@ class Trainer:
                 "repa": self.stage.repa_weight / images, "kl": 1e-5 / images}
 
     def rate(self, step: int) -> float:
-        """Share of the learning rate at a step: linear warm-up, then constant, with a
-        linear fall to 0 in `tiny`."""
+        """Share of the learning rate at a step: linear warm-up, then constant. In `tiny`
+        it also falls to 0 in a line (stages 2, 3: from the first step); the smaller one counts."""
         s = self.stage
         rise = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
         fall = min(1.0, (s.steps - step) / (s.ours.cooldown * s.steps)) if s.ours.cooldown else 1.0
@@ -667,7 +667,7 @@ def plot_curves(rows: list[dict], file: Path):
             pen.text((5, place(0, y)[1] - 6), f"{y:.3g}", fill="black")
             pen.text((place(x, low)[0] - 10, 200 * i + 174), f"{x:.0f}", fill="black")
         pen.line([place(*p) for p in points] * (1 if len(points) > 1 else 2), fill="navy", width=2)
-        why = ": it rises when training times shift back from noise" if name == "flow" else ""
+        why = " (`tiny`: rises as training times shift back from noise)" if name == "flow" else ""
         pen.text((60, 200 * i + 8), f"stage {stage}, {name} loss by step{why}", fill="black")
     with atomic(file) as temporary:
         canvas.save(temporary, "PNG")

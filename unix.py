@@ -35,7 +35,7 @@ INSTRUCTIONS = (
 
 @dataclass
 class Config:
-    """Sizes. The defaults are the paper's (1.5B understanding, 3B in all)."""
+    """Sizes. The defaults are the paper's: 1.96B understanding, 1.24B generation."""
     vit_image: int = 384        # SigLIP-L/16 at 384 px
     vit_patch: int = 16
     vit_width: int = 1024

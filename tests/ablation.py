@@ -4,10 +4,11 @@
     python tests/ablation.py --seeds 1 --steps 4 --reading-steps 4 --images 64 --samples 8   a try
 
 One autoencoder (stage 0) for all; a seed's rows all start from the same reader (stage 1). Each row
-is a stage 2 at 64 px that draws the same 16 images a step, from the same noise, for the same number
-of steps; what a row reads comes on top. Images are judged alike in all rows: the seed's stage-1
-reader reads them back and gives the features of FD. `reports` is a row's own reader on true images.
-What is done is kept in --out and is not run again; a stopped command goes on when repeated.
+is a stage 2 at 64 px that generates 16 images a step, for the same number of steps (rows of one
+batch size: the same images, from the same noise); what a row reads comes on top. Images are judged
+alike in all rows: the seed's stage-1 reader reads them back and gives the features of FD. `reports`
+is a row's own reader on true images. What is done is kept in --out and is not run again; a stopped
+command resumes when repeated.
 """
 
 import argparse

@@ -268,24 +268,24 @@ def check_no_warmup(lib, seed):
     except ZeroDivisionError:
         raise AssertionError("without warm-up nothing may be divided by its length: the rate is 1"
                              ) from None
-    close(torch.tensor(got), torch.ones(10), "without warm-up and decay the rate "
+    close(torch.tensor(got), torch.ones(10), "without warm-up and cooldown the rate "
           "must be 1 at every step", 1e-6)
 
 
 def check_decay(lib, seed):
-    """With decay the rate falls in a straight line to 0 just after the last step."""
+    """With a cooldown the rate falls in a straight line to 0 just after the last step."""
     got = rates(lib, 100, 10, 0.4)
     assert got[-1] > 0, "the last step must not be wasted: the rate is 0 one step after it"
     close(torch.tensor([got[i] for i in (0, 4, 9, 10, 60, 80, 99)]),
           torch.tensor([0.1, 0.5, 1, 1, 1, 0.5, 0.025]), "the worked example: 100 steps, warm-up 10, "
-          "decay 0.4", 1e-6)
+          "cooldown 0.4", 1e-6)
     for steps, warmup, decay in ((50, 0, 1.0), (60, 12, 1.0), (37, 5, 0.3)):
         got = torch.tensor(rates(lib, steps, warmup, decay))
         stage = lib.train.Stage("generation", 64, 1e-3, warmup, steps,
                                 ours=lib.train.Ours(cooldown=decay))
         want = [slow_rate(types.SimpleNamespace(stage=stage), i) for i in range(steps)]
-        close(got, torch.tensor(want), f"{steps} steps, warm-up {warmup}, decay {decay}: the rate "
-              "must be the smaller of rise and fall", 1e-6)
+        close(got, torch.tensor(want), f"{steps} steps, warm-up {warmup}, cooldown {decay}: "
+              "the rate must be the smaller of rise and fall", 1e-6)
 
 
 def slow_copy(self):
@@ -349,7 +349,7 @@ def show(lib):
         part = next((part for key, part in PART_OF if key in name), name)
         far = float((p.detach() - before[name]).norm() / before[name].norm())
         moved[part] = max(moved.get(part, 0.0), far)
-    lines = {f"warm-up {w}, decay {d:g}": (range(100), rates(lib, 100, w, d))
+    lines = {f"warm-up {w}, cooldown {d:g}": (range(100), rates(lib, 100, w, d))
              for w, d in ((10, 0.0), (10, 0.4), (0, 1.0))}
     return pictures.beside([
         pictures.titled(pictures.bars(moved, max(moved.values())), "how far 20 steps moved it"),

@@ -37,7 +37,7 @@ QUESTIONS = [
             "steps evaluate it once. How many evaluations does one image take?",
      "run": passes,
      "why": "50 points make 49 steps. After the shift, t > 0.4 means t > 0.4 / (0.4 + 3 * 0.6) = "
-            "0.18 before it, which is true at 40 of them."},
+            "0.18 before it, which is true at 41 of them: 41 * 2 + 8 = 90."},
     {"ask": "With 10 points (9 steps) and shift 3, how long is the last step, the one that ends "
             "at t = 0? (Without a shift it is 1/9 = 0.111. Three decimals.)",
      "run": first_step,

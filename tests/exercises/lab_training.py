@@ -26,22 +26,6 @@ def first_loss(lib) -> float:
     return round(float(total / count), 1)
 
 
-def share_without_caption(lib) -> float:
-    """Share of the largest guided step's prediction that is the one without a caption, at scale 3:
-    v = uncond + 3 (cond - uncond)."""
-    one, zero = torch.ones(1, 2, 2), torch.zeros(1, 2, 2)
-    return float(lib.diffusion.guide(zero, one, 3.0, renorm=None)[0, 0, 0])
-
-
-def moved(lib) -> float:
-    """Number of parameters in 100 that stage 2 trains, in `tiny`."""
-    with torch.device("meta"):
-        model = lib.unix.UniX(lib.unix.PRESETS["tiny"])
-    count = {k: sum(p.numel() for p in model.branch(k).values())
-             for k in ("understanding", "generation")}
-    return round(100 * count["generation"] / sum(count.values()), 0)
-
-
 def kept(lib) -> float:
     """After how many steps the warmed-up average has the weight of .99 for its past."""
     return next(k for k in range(1, 10**5) if k / (k + 9) >= 0.99)
