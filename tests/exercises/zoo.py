@@ -49,16 +49,16 @@ PATIENTS = (
         (("diffusion", "x = x - v * (t - after).item()", "x = x + v * (t - after).item()"),),
         "e03.check_straight",
         "The curves are the healthy ones to the last digit, so training is well. Every image is "
-        "a carpet of black and white worms, twice as rough as a chest (24, not 10), and no "
+        "a carpet of black and white worms, twice as rough as a chest (23, not 10), and no "
         "caption changes it: each step walks away from the image.", trains=False),
     Patient(
         "labels are not shifted", 1,
         (("unix", "labels = [[NO_LOSS] * (len(p) + 2) + [*r, self.config.eos, NO_LOSS]",
           "labels = [[NO_LOSS] * (len(p) + 2) + [NO_LOSS, *r, self.config.eos]"),),
         "e12.check_sequence",
-        "The loss of its log falls to 0.0005, too good to be true. Measured by healthy code it "
-        "is 14.4 a token, and reports repeat one word to the end (\"apical apical apical\"), F1 "
-        "0: it has learned to copy the token that it sees."),
+        "The loss of its log falls to 0.0006, too good to be true. Measured by healthy code it "
+        "is 14.5 a token, and reports repeat one word to the end (\"FINDINGSFINDINGSFINDINGS\"), "
+        "F1 0: it has learned to copy the token that it sees."),
     Patient(
         "training images are mirrored at random", 1,
         (("data", "    return Phantom(paint(scene, findings, size), findings, report,",
@@ -67,9 +67,9 @@ PATIENTS = (
           "        image = image[:, ::-1].copy()\n"
           "    return Phantom(image, findings, report,"),),
         "test_phantom.py::test_phantoms_look_as_they_always_did",
-        "Reports are fluent, and their findings nearly as right as the healthy ones (F1 .88, "
-        "not .92), but the side is right in 52 of 100: a coin toss. The loss stays a little "
-        "higher (.28, not .26), by the words left and right."),
+        "Reports are fluent, and their findings as right as the healthy ones (F1 .89 and .88), "
+        "but the side is right in 65 of 100, hardly more than a coin toss. The loss stays a "
+        "little higher (.25, not .22), by the words left and right."),
     Patient(
         "weights are averaged with .9999 from the first step on", 2,
         (("train", "decay = min(self.stage.ours.ema, self.step / (self.step + 9))",
@@ -82,9 +82,10 @@ PATIENTS = (
         "latents are not scaled on their way in", 2,
         (("diffusion", "return self.scale * (z - self.latent_mean)", "return z"),),
         "test_diffusion.py::test_vae_shapes_units_and_sampling",
-        "The loss is higher at every tenth of t, by half to more than twice, while REPA's is "
-        "healthy: the latents are 1.6 times as large as they should be. Images are hard, with "
-        "black lungs (contrast 71, not 67), for the way out divides by the scale all the same."),
+        "The loss is higher at every tenth of t, by a fifth near the image to two thirds near "
+        "noise, while REPA's is healthy: the latents are 1.3 times as large as they should be. "
+        "Images are harder (contrast 68, not 65), for the way out divides by the scale all the "
+        "same."),
     Patient(
         "nine captions of ten are dropped, not one", 2,
         (("train", "torch.rand(b, generator=rng) < CAPTION_DROPOUT",
@@ -97,15 +98,15 @@ PATIENTS = (
         "is_causal with a cache", 1,
         (("joint_attn", "mask if ragged else None))", "None, causal=True))"),),
         "e11.check_one_sample",
-        "Training is the healthy one to the last digit, the loss of true reports too (.22). "
-        "What it writes begins like a report and then repeats one word (\"There There There\"), "
-        "F1 .04: each new token sees only the first row of the cache.", trains=False),
+        "Training is the healthy one to the last digit, the loss of true reports too (.22). What "
+        "it writes begins like a report and then repeats one word (\"There There There\"), F1 0: "
+        "each new token sees only the first row of the cache.", trains=False),
     Patient(
         "--train both --mix 0:1", 2, (), "test_train.py::test_both_branches_learn_with_train_both",
-        "Images are at least as good as the healthy ones (F1 by the shipped reader .49, not "
-        ".40) and the flow loss is lower, but it cannot read any more: 6.4 a token, close to ln "
-        "V = 6.5, F1 0, by its own reader 0 for its images as well. Nothing was left to teach "
-        "reading, and all weights moved (Table 5).",
+        "Images are about as good as the healthy ones (F1 by the shipped reader .36 and .40) and "
+        "the flow loss is lower, but it cannot read any more: 7.6 a token, worse than ln V = "
+        "6.5, F1 .08, by its own reader 0 for its images. Nothing was left to teach reading, and "
+        "all weights moved (Table 5).",
         {"train": "both", "mix": "0:1"}),
     Patient(
         "pixels wrap instead of being clamped", 2,
@@ -120,9 +121,9 @@ PATIENTS = (
         (("unix", "self.positions[position_ids]", "self.positions[0 * position_ids]"),),
         "test_parity.py::test_every_covered_array_agrees",
         "Pieces of a chest, each sharp, lie in the wrong places: a patchwork of spine, lung and "
-        "shoulder. The loss is healthy near the image and far too high near noise (1.02, not "
-        ".23, in the last tenth): there only the position tells what belongs in a token. All "
-        "have one RoPE id."),
+        "shoulder. The loss is healthy near the image and far too high near noise (.95, not .23, "
+        "in the last tenth): there only the position tells what belongs in a token. All have one "
+        "RoPE id."),
 )
 
 
