@@ -2,7 +2,6 @@
 runs the files of tests in two processes."""
 
 import itertools
-import json
 import multiprocessing.connection
 import os
 import signal
@@ -75,7 +74,7 @@ def pytest_runtestloop(session):
         while pipes and not (session.shouldfail or session.shouldstop):
             for pipe in multiprocessing.connection.wait(pipes):
                 try:
-                    data = json.loads(pipe.recv_bytes())
+                    data = pipe.recv()
                 except EOFError:
                     pipes.remove(pipe)
                     continue
@@ -102,7 +101,7 @@ def run_files(session, files: list, waiting: int, pipe):
         @staticmethod
         def pytest_runtest_logreport(report):
             data = hook.pytest_report_to_serializable(config=session.config, report=report)
-            pipe.send_bytes(json.dumps(data).encode())
+            pipe.send(data)
     try:
         plugins.unregister(name="terminalreporter")
         plugins.register(Reporter)

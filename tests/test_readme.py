@@ -3,8 +3,10 @@
 import ast
 import importlib
 import io
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -198,6 +200,19 @@ def test_help_comes_without_importing_torch(name):
     code = ("import sys, runpy; sys.argv = [%r, '--help']\ntry: runpy.run_path(%r, run_name='__main__')\n"
             "except SystemExit: pass\nassert 'torch' not in sys.modules" % (name, str(ROOT / name)))
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tests share two processes on Linux alone")
+def test_pytest_tells_why_it_skips(tmp_path):
+    """Reports of two processes arrive whole: pytest -v stops where a reason has become a list."""
+    shutil.copy(ROOT / "tests" / "conftest.py", tmp_path)
+    for name in "ab":
+        (tmp_path / f"test_{name}.py").write_text(
+            "import pytest\n\n\ndef test_it():\n    pytest.skip('no such chest')\n")
+    done = subprocess.run([sys.executable, "-m", "pytest", "-v", "-rs", tmp_path], text=True,
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and "2 skipped" in done.stdout
+    assert "no such chest" in done.stdout
 
 
 # ---------------------------------------------------------------- the seven files

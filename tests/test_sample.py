@@ -650,5 +650,5 @@ def test_a_probe_reads_sides_where_they_are_and_only_there():
     assert abs(side_probe.probe(x, left) - 0.5) < 0.1
     x[:, 3] += 6 * left
     assert side_probe.probe(x, left) > 0.97
-    first, second, _ = side_probe.measure(UniX.load(SHIPPED), 200)
+    first, second, _ = side_probe.measure(UniX.load(SHIPPED), 400)
     assert first < 0.7 and second > 0.9
