@@ -370,9 +370,6 @@ class Dataset:
         self.account([sample])
         return sample
 
-    def __getitems__(self, indices):  # what a loader process calls: its counts would be lost
-        return [self.fetch(index) for index in indices]
-
     def fingerprint(self):
         """A name for caches: changes with the layout, the split, the size and any item."""
         known = repr((self.layout, self.split, self.size, self.items))
@@ -481,7 +478,7 @@ def load_chunks(dataset, chunks, workers, ahead):
     each has up to `ahead` chunks waiting. UserError if one is killed or gives nothing for PATIENCE
     seconds."""
     if not workers:
-        yield from map(dataset.__getitems__, chunks)
+        yield from ([dataset.fetch(i) for i in rows] for rows in chunks)
         return
     crew, chunks, sent = [], iter(chunks), 0
     ahead, masks = min(ahead, 64), hasattr(signal, "pthread_sigmask")  # 64 fit into a pipe
@@ -530,7 +527,7 @@ def serve(dataset, pipe, other_end):
         while True:
             rows = pipe.recv()
             try:
-                pipe.send(dataset.__getitems__(rows))
+                pipe.send([dataset.fetch(i) for i in rows])
             except Exception as error:
                 pipe.send(error)
 

@@ -73,8 +73,7 @@ STAGES = {
 PROMPTS = (     # Figure 4: severity, side, several findings
     "Heart size is normal. The lungs are clear.", "The heart is mildly enlarged.",
     "The heart is severely enlarged.", "Small left pleural effusion.",
-    "Large right pleural effusion.", "Large left pneumothorax.",
-    "Large right pneumothorax.",
+    "Large right pleural effusion.", "Large left pneumothorax.", "Large right pneumothorax.",
     "Consolidation in the right upper lobe. Small left pleural effusion.")
 
 
@@ -164,7 +163,7 @@ from PIL import Image, ImageDraw                          # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
 from ar import Tokenizer, vit_pixels                      # noqa: E402
-from data import (UserError, atomic, batches, impression, kill_workers,  # noqa: E402
+from data import (Dataset, UserError, atomic, batches, impression, kill_workers,  # noqa: E402
                   load_chunks, open_data, plain_streams, sheet)
 from diffusion import (VAE, path, repa_loss, sample_time, to_uint8, vae_pixels,  # noqa: E402
                        velocity_from_x0, velocity_loss)
@@ -184,8 +183,7 @@ class Trainer:
         self.options, self.stage, self.model, self.data = options, stage, model, data
         self.procs, self.out, self.device = procs, out, procs.device
         self.file, self.step, self.saved_step = out / f"stage{options.stage}.pt", 0, 0
-        self.waiting = False                            # for a batch
-        self.stop = torch.zeros((), device=self.device)         # 1: stop after this step
+        self.waiting, self.stop = False, torch.zeros((), device=self.device)    # 1: stop soon
         self.by_time, self.both = [], options.train == "both"   # (times, flow losses); Table 5
         out.mkdir(parents=True, exist_ok=True)
         self.vae, self.captions, self.projector = model, None, None
@@ -193,7 +191,8 @@ class Trainer:
         if options.stage == 2 and not self.file.exists():
             model.copy_tower()
         if stage.trains != "vae":
-            self.vae, self.captions = model.vae, CaptionCache(model)
+            texts = [caption for _, caption in getattr(data, "texts", ())]  # stages 2 and 3
+            self.vae, self.captions = model.vae, CaptionCache(model, texts)
             model.lm.tower.checkpointing = options.checkpointing
         self.trainable = self.freeze_all_but(stage.trains)
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}  # shared, not copied
@@ -251,8 +250,7 @@ class Trainer:
             for k, v in sums.items():
                 logged[k] = logged.get(k, 0) + weights[k] * v.detach()
         self.procs.sum_gradients(self.trainable.values())
-        learned = [p for p in self.trainable.values() if p.grad is not None]
-        norm = nn.utils.clip_grad_norm_(learned, 1.0)
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), 1.0)
         logged = dict(zip(logged, self.procs.total(torch.stack([*logged.values()])).tolist()))
         self.check_finite(logged | {"grad": norm.item()})
         for optimizer in self.optimizers:
@@ -553,22 +551,27 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
+            alike = {}                  # by shape: one multiplication for all of a shape is faster
             for p in (p for p in group["params"] if p.grad is not None):
                 mean = self.state[p].setdefault("mean", torch.zeros_like(p))
                 mean.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(mean, group["momentum"]).flatten(1))
-                ratio = max(1, update.shape[0] / update.shape[1]) ** 0.5
-                p.add_(update.view_as(p), alpha=-group["lr"] * ratio)
+                update = p.grad.lerp(mean, group["momentum"]).flatten(1)
+                alike.setdefault(update.shape, []).append((p, update))
+            for (m, n), pairs in alike.items():
+                updates = orthogonal(torch.stack([update for _, update in pairs]))
+                for (p, _), update in zip(pairs, updates):
+                    p.add_(update.view_as(p), alpha=-group["lr"] * max(1, m / n) ** 0.5)
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Three Newton-Schulz steps: x (m, n) -> the same singular vectors, singular values near 1."""
-    if x.shape[0] > x.shape[1]:
-        return orthogonal(x.T).T
-    x = x / (x.norm() + 1e-7)
+    """Three Newton-Schulz steps: x (k, m, n) -> its singular vectors, singular values near 1."""
+    if x.shape[1] > x.shape[2]:
+        return orthogonal(x.mT).mT
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(3):
-        gram = x @ x.T
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+        gram = x @ x.mT
+        gram = torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.baddbmm(x, gram, x, beta=3.4445)
     return x
 
 
@@ -594,8 +597,7 @@ def read_checkpoint(file: Path, device="cpu") -> dict:
         state = torch.load(file, map_location=device, weights_only=True)
         return {"settings": state["settings"], "step": state["step"]} | state
     except Exception as e:      # torch has no common class for a broken file
-        problem = f"{file} is broken ({str(e)[:50]}); delete it to start over"
-        raise UserError(problem) from None
+        raise UserError(f"{file} is broken ({str(e)[:50]}); delete it to start over") from None
 
 
 class Log:
@@ -678,36 +680,43 @@ def plot_curves(rows: list[dict], file: Path):
 
 class CaptionCache:
     """A memo of what the frozen understanding branch has read: the keys and values of captions, in
-    fp16 (ours). Captions are read one by one, so that none changes another's last bits."""
+    fp16 (ours). The first step reads the captions of the data set, in batches that depend on
+    nothing else; what finds no room is read one by one. So no restart changes a bit."""
 
-    def __init__(self, model: UniX, room=2**30):
-        """`room`: bytes to keep; captions that find none are read again and again."""
+    def __init__(self, model: UniX, captions=(), room=2**30):
+        """`captions`: those of the data set; `room`: bytes to keep."""
         c = model.config
         self.model, self.kept, self.room = model, {}, room
         self.large = c.layers * c.kv_heads * c.head_dim > 2**14     # nothing is worth keeping
+        self.ahead = sorted({*captions, *map(impression, captions)}, key=lambda x: (len(x), x))
 
     @torch.no_grad()
     def context(self, texts: list[str]) -> Context:
         """Captions -> their Context."""
         if self.large:
             return self.model.read_captions([self.model.ids(text) for text in texts])
-        found = {text: self.kept[text] if text in self.kept else self.read(text) for text in texts}
-        rows = [found[text] for text in texts]
+        while self.ahead and self.room:
+            self.read(self.ahead[:64])
+            self.ahead = self.ahead[64:]
+        rows = [self.kept[text] if text in self.kept else self.read([text])[0] for text in texts]
         length = torch.tensor([len(row) for row in rows], device=self.model.device)
         kv = nn.utils.rnn.pad_sequence(rows, True).float().permute(2, 3, 0, 4, 1, 5)
         return Context([*map(tuple, kv)], length, length, len({*map(len, rows)}) > 1)
 
-    def read(self, text: str) -> Tensor:
-        """A caption -> its keys and values, fp16 (l, layers, 2, g, k); kept while there is room."""
-        pairs = self.model.read_captions([self.model.ids(text)]).kv     # of each layer (1, g, l, k)
-        row = torch.stack([torch.stack(pair) for pair in pairs])[:, :, 0].permute(3, 0, 1, 2, 4)
-        row = row.half().contiguous()
-        if row.nbytes <= self.room:
-            self.kept[text], self.room = row, self.room - row.nbytes
-        return row
+    def read(self, texts: list[str]) -> list[Tensor]:
+        """Captions -> keys and values of each, fp16 (l, layers, 2, g, k); kept if there is room."""
+        kv, lengths, *_ = self.model.read_captions([self.model.ids(text) for text in texts])
+        kv = torch.stack([torch.stack(pair) for pair in kv]).permute(2, 4, 0, 1, 3, 5).half()
+        rows = [row[:n].clone(memory_format=torch.contiguous_format)
+                for row, n in zip(kv, lengths.tolist())]
+        for text, row in zip(texts, rows):
+            self.room = max(0, self.room - row.nbytes)
+            if self.room:
+                self.kept[text] = row
+        return rows
 
 
-class LatentCache:
+class LatentCache(Dataset):
     """A data set as the frozen autoencoder sees it: the moments [mean | log variance] of every
     image, and the features of REPA's teacher, on disk beside the run. They are computed once, and
     again when images, size, autoencoder or teacher change."""
@@ -715,13 +724,14 @@ class LatentCache:
     def __init__(self, source, count: int, folder: Path, images=None):
         """The first `count` samples of a data set; `images`: the same ones at the image encoder's
         size, where they are wanted too (Table 5)."""
-        self.source, self.count, self.images = source, count, images
+        super().__init__(source.root, source.layout, source.split, range(count), source.size, {})
+        self.source, self.images = source, images
         self.stem, self.texts, self.maps = folder / f"latents-{source.size}", [], {}
 
     def fill(self, model: UniX, teacher, procs: "Processes", workers: int, begun: bool):
         """Computes what is not there; each process does its share. `begun`: the stage has begun,
         so that the teacher may have been trained since (Table 5). Raises UserError."""
-        origin = [self.source.fingerprint(), self.count, digest(model.vae), digest(teacher)]
+        origin = [self.source.fingerprint(), len(self), digest(model.vae), digest(teacher)]
         about = self.stem.with_suffix(".json")
         try:
             known = json.loads(about.read_text())
@@ -752,19 +762,18 @@ class LatentCache:
     @torch.no_grad()
     def compute(self, model: UniX, teacher, procs: "Processes", workers: int) -> list:
         """Writes the share of this process -> the [report, caption] of its images."""
-        first, last = (self.count * (procs.rank + i) // procs.world for i in (0, 1))
+        first, last = (len(self) * (procs.rank + i) // procs.world for i in (0, 1))
         chunks = ([*range(i, min(i + 8, last))] for i in range(first, last, 8))
         texts, files, name = [], {}, f"latents at {self.source.size} px"
         with progress(last - first, name, "image", not procs.rank) as bar:
             for samples in load_chunks(self.source, chunks, workers, 2):     # 8 fit a CPU's caches
                 self.source.account(samples)
-                images = np.stack([s["image"] for s in samples])
-                images = torch.from_numpy(images).to(model.device)
+                images = torch.from_numpy(np.stack([s["image"] for s in samples])).to(model.device)
                 found = {"moments": model.vae.moments(vae_pixels(images))}
                 found |= {"features": teacher.patches(images)} if teacher else {}
                 for kind, v in found.items():
                     if kind not in files:
-                        files[kind] = self.create(kind, (self.count, *v.shape[1:]), first)
+                        files[kind] = self.create(kind, (len(self), *v.shape[1:]), first)
                     files[kind].write(v.half().cpu().numpy().tobytes())
                 texts += [[s["report"], s["caption"]] for s in samples]
                 bar.update(len(samples))
@@ -786,20 +795,11 @@ class LatentCache:
         self.maps = {kind: np.load(file, mmap_mode="r") for kind, file in files.items()
                      if kind == "moments" or os.path.exists(file)}
 
-    def account(self, samples: list):
-        """Nothing is broken here: what was, is replaced."""
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitems__(self, rows: list[int]) -> list[dict]:
-        return [self[i] for i in rows]
-
-    def __getitem__(self, i: int) -> dict:
-        report, caption = self.texts[i]
-        sample = {"index": i, "report": report, "caption": caption,
-                  **{k: v[i].astype(np.float32) for k, v in self.maps.items()}}
-        return sample | {"image": self.images[i]["image"]} if self.images else sample
+    def fetch(self, index: int) -> dict:
+        report, caption = self.texts[index]
+        sample = {"index": index, "report": report, "caption": caption, "notes": [(index, "", "")],
+                  **{k: v[index].astype(np.float32) for k, v in self.maps.items()}}
+        return sample | {"image": self.images.fetch(index)["image"]} if self.images else sample
 
 
 def digest(module: nn.Module | None) -> str:

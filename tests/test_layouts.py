@@ -752,9 +752,9 @@ import data
 
 class Slow:
     def __len__(self): return 1000
-    def __getitems__(self, rows):
-        time.sleep(float(sys.argv[3]))
-        return [{"index": i} for i in rows]
+    def fetch(self, index):
+        time.sleep(float(sys.argv[3]) / data.CHUNK)
+        return {"index": index}
     def account(self, samples): pass
 
 if __name__ == "__main__":
@@ -845,7 +845,7 @@ def test_what_a_loader_process_raises_is_raised():
         def __len__(self):
             return 10
 
-        def __getitems__(self, rows):
+        def fetch(self, index):
             raise RuntimeError("of its own")
     with pytest.raises(RuntimeError, match="of its own"):
         next(batches(Broken(), 2, seed=0, workers=1))

@@ -206,20 +206,23 @@ def test_flags_that_could_change_nothing_are_refused(read, folder, tmp_path):
 
 
 def test_muon_equals_torchs():
-    """torch.optim.Muon does the same in bf16: three steps of gradients that differ."""
+    """torch.optim.Muon does the same in bf16, matrix by matrix: three steps of gradients that
+    differ; a gradient that is missing moves nothing."""
     rng = torch.Generator().manual_seed(0)
-    for shape in ((12, 30), (30, 12)):
-        ours, theirs = (nn.Parameter(torch.zeros(shape)) for _ in range(2))
-        optimizers = Muon([ours], 0.1), torch.optim.Muon(
-            [theirs], lr=0.1, momentum=0.95, weight_decay=0, nesterov=True, ns_steps=3)
-        for _ in range(3):
-            before = [p.detach().clone() for p in (ours, theirs)]
-            ours.grad = torch.randn(shape, generator=rng)
-            theirs.grad = ours.grad.clone()
-            for optimizer in optimizers:
-                optimizer.step()
-            steps = [p.detach() - old for p, old in zip((ours, theirs), before)]
-            assert (steps[0] - steps[1]).norm() < 0.03 * steps[1].norm()
+    shapes = (12, 30), (30, 12), (12, 30), (12, 12), (30, 12)
+    ours, theirs = ([nn.Parameter(torch.zeros(s)) for s in shapes] for _ in range(2))
+    optimizers = Muon(ours, 0.1), torch.optim.Muon(
+        theirs, lr=0.1, momentum=0.95, weight_decay=0, nesterov=True, ns_steps=3)
+    for missing in (None, 2, None):
+        before = [p.detach().clone() for p in ours + theirs]
+        for i, (a, b) in enumerate(zip(ours, theirs)):
+            a.grad = None if i == missing else torch.randn(shapes[i], generator=rng) * 10.0 ** i
+            b.grad = None if a.grad is None else a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        steps = [p.detach() - old for p, old in zip(ours + theirs, before)]
+        for i, (a, b) in enumerate(zip(steps, steps[len(shapes):])):
+            assert (a - b).norm() < 0.03 * b.norm() or i == missing and not a.any()
 
 
 def test_matrices_inside_the_networks_go_to_muon_in_tiny_alone(folder, tmp_path):
