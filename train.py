@@ -506,10 +506,9 @@ class Trainer:
                 left.unlink()
         if not self.file.exists():
             return False
-        state, now = read_checkpoint(self.file, self.device), self.settings()
-        changed = [f"{k} was {v}, now {now.get(k)}" for k, v in state["settings"].items()
-                   if v != now.get(k)] + ["--weights is new"] * (
-                       "weights" in now and "weights" not in state["settings"])
+        state = read_checkpoint(self.file, self.device)
+        a, b = state["settings"], self.settings()
+        changed = [f"{k} was {a.get(k)}, now {b.get(k)}" for k in a | b if a.get(k) != b.get(k)]
         if changed:
             raise UserError(f"{self.file} was made with other settings ({'; '.join(changed)}): use "
                             "the same ones, another --out, or delete it to start over")
@@ -680,8 +679,8 @@ def plot_curves(rows: list[dict], file: Path):
 
 class CaptionCache:
     """A memo of what the frozen understanding branch has read: the keys and values of captions, in
-    fp16 (ours). The first step reads the captions of the data set, in batches that depend on
-    nothing else; what finds no room is read one by one. So no restart changes a bit."""
+    fp16 (ours). The first step reads the captions of the data set, shortest first, in batches that
+    depend on nothing else: no restart changes a bit. Those without room are read in each step."""
 
     def __init__(self, model: UniX, captions=(), room=2**30):
         """`captions`: those of the data set; `room`: bytes to keep."""
@@ -698,22 +697,24 @@ class CaptionCache:
         while self.ahead and self.room:
             self.read(self.ahead[:64])
             self.ahead = self.ahead[64:]
-        rows = [self.kept[text] if text in self.kept else self.read([text])[0] for text in texts]
+        missing = [text for text in dict.fromkeys(texts) if text not in self.kept]
+        found = self.kept | (self.read(missing) if missing else {})
+        rows = [found[text] for text in texts]
         length = torch.tensor([len(row) for row in rows], device=self.model.device)
         kv = nn.utils.rnn.pad_sequence(rows, True).float().permute(2, 3, 0, 4, 1, 5)
         return Context([*map(tuple, kv)], length, length, len({*map(len, rows)}) > 1)
 
-    def read(self, texts: list[str]) -> list[Tensor]:
-        """Captions -> keys and values of each, fp16 (l, layers, 2, g, k); kept if there is room."""
+    def read(self, texts: list[str]) -> dict[str, Tensor]:
+        """Keys and values of each caption, fp16 (l, layers, 2, g, k); kept if there is room."""
         kv, lengths, *_ = self.model.read_captions([self.model.ids(text) for text in texts])
         kv = torch.stack([torch.stack(pair) for pair in kv]).permute(2, 4, 0, 1, 3, 5).half()
-        rows = [row[:n].clone(memory_format=torch.contiguous_format)
-                for row, n in zip(kv, lengths.tolist())]
-        for text, row in zip(texts, rows):
+        found = {text: row[:n].clone(memory_format=torch.contiguous_format)
+                 for text, row, n in zip(texts, kv, lengths.tolist())}
+        for text, row in found.items():
             self.room = max(0, self.room - row.nbytes)
             if self.room:
                 self.kept[text] = row
-        return rows
+        return found
 
 
 class LatentCache(Dataset):
@@ -858,8 +859,7 @@ def initial_model(options: Options, out: Path, data) -> UniX:
     ids = dict(zip(("bos", "eos", "boi", "eoi"), map(tokenizer.vocab.get, SPECIAL)))
     own = out / "vae" / "model.safetensors"
     vae = load_vae(own) if own.exists() else None       # stage 0 may have been run before
-    taught_on = "phantom" if options.data == "phantom" else ""
-    return UniX(replace(config, vocab=len(tokenizer), taught_on=taught_on, **ids), tokenizer, vae)
+    return UniX(replace(config, vocab=len(tokenizer), taught_on="phantom", **ids), tokenizer, vae)
 
 
 def share(model: UniX, layers: int):
@@ -899,7 +899,7 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
         require(o, out, k - 1, "--weights")
     data = open_data(o.data, "train", stage.pixels, "report" if k == 1 else "image")
     model = initial_model(o, out, data).to(procs.device)
-    if o.data != "phantom":
+    if o.data != "phantom":                         # a new model says "phantom"
         model.config.taught_on = "data"
     taught_latents = model.llm2vae.weight.any() and digest(model.vae)
     if o.vae:
