@@ -545,7 +545,7 @@ class Evaluation:
     def __init__(self, args):
         model = self.model = open_model(args)
         self.args, self.size = args, args.size or model.config.resolution
-        self.how = {}                           # empty: these weights cannot generate yet
+        self.how, model.cut_texts = {}, True    # empty: these weights cannot generate yet
         if model.vae is not None and model.llm2vae.weight.any():
             self.how = settings(args, model)
         elif idle := sorted(args.given & (SAMPLING - {"size"} | {"judge", "best_of", "features"})):

@@ -193,7 +193,7 @@ class Trainer:
         if stage.trains != "vae":
             texts = [caption for _, caption in getattr(data, "texts", ())]  # stages 2 and 3
             self.vae, self.captions = model.vae, CaptionCache(model, texts)
-            model.lm.tower.checkpointing = options.checkpointing
+            model.lm.tower.checkpointing, model.cut_texts = options.checkpointing, True
         self.trainable = self.freeze_all_but(stage.trains)
         frozen = {id(p): p for p in model.parameters() if not p.requires_grad}  # shared, not copied
         self.averaged = copy.deepcopy(model, frozen) if stage.ours.ema else model   # what is saved
@@ -436,8 +436,7 @@ class Trainer:
             images += [to_uint8(model.vae.decode(x))[0, 0].cpu().numpy() for x in steps]
             times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
             return sheet(images, [*PROMPTS, *times], 8, name)
-        if self.stage.trains == "understanding":
-            size = model.config.vit_image
+        size = model.config.vit_image if self.stage.trains == "understanding" else size
         try:
             shown = open_data(self.options.data, "val", size)
         except UserError:                           # there are no validation images
@@ -1017,7 +1016,8 @@ def overview(model: UniX, options: Options, stage: Stage, world: int, bf16: bool
         trained = name == stage.trains or options.train == "both" and name != "vae"
         lines.append(f"  {name:14}{n:9.2f} M parameters, {'trained' if trained else 'frozen'}")
     image, latents, text = tokens_a_sample(model, stage)
-    lines.append(f"  tokens a sample: {image} image, {latents} latents, about {text} text")
+    lines.append(f"  tokens a sample: {image} image, {latents} latents, about {text} text "
+                 f"(what exceeds {model.config.max_tokens - 2} is cut)")
     parts = memory(model, options, stage, -(-stage.batch // options.accumulate // world), bf16)
     lines.append(f"  memory about {sum(parts.values()):.2f} GiB: "
                  + ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v))

@@ -83,6 +83,7 @@ PRESETS = {
 
 class UniX(nn.Module):
     """Both branches. `tokenizer` and `vae` may be None until one is given."""
+    cut_texts = False       # True in training and evaluation: a text too long loses its end
 
     def __init__(self, config: Config, tokenizer: Tokenizer | None = None, vae: VAE | None = None):
         super().__init__()
@@ -143,12 +144,12 @@ class UniX(nn.Module):
             raise UserError("the weights folder has no tokenizer.json; add one")
         if not text.strip():
             raise UserError("the text is empty; give at least a word")
-        ids = self.tokenizer.encode(text)
-        if len(ids) > self.config.max_tokens - 2:
+        ids, most = self.tokenizer.encode(text), self.config.max_tokens - 2
+        if len(ids) > most and not self.cut_texts:
             raise UserError(f"the text has {len(ids)} tokens, more than fit; shorten it")
         if max(ids) >= self.config.vocab:
             raise UserError("tokenizer.json is not that of these weights: it has more tokens")
-        return ids
+        return ids[:most]
 
     def pad(self, rows: list[list[int]], value: int | None = None) -> tuple[Tensor, Tensor]:
         """Token lists -> (b, l), padded on the right (with EOS), and the lengths (b,)."""
@@ -527,8 +528,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 class Inert:
-    """Replaces each class and function in a checkpoint that no tensor is made of. Whatever the file
-    does to it, nothing happens."""
+    """Replaces what makes no tensor in a checkpoint: nothing that a file does to it happens."""
 
     def __init__(self, *_, **__):
         pass

@@ -22,6 +22,7 @@ from ar import Tokenizer, vit_pixels
 from conftest import ROOT, small_config
 from data import UserError, impression, phantom, phantom_scene
 from diffusion import VAE
+from phantoms import write_phantoms
 from unix import INSTRUCTIONS, SPECIAL, Config, UniX
 
 SHIPPED = sample.SHIPPED
@@ -541,6 +542,14 @@ def test_evaluate_scores_everything_and_resumes(weights, tmp_path, monkeypatch, 
     before = (out / "images" / "reports" / "3.png").read_bytes()
     call(weights, "evaluate", "--out", out, *how, "--seed", 1)      # other images
     assert (out / "images" / "reports" / "3.png").read_bytes() != before
+
+
+def test_an_evaluation_cuts_reports_longer_than_the_context(weights, tmp_path):
+    folder = write_phantoms(tmp_path / "long", 0, 2)
+    rows = "\n".join(f"val-{i}.png,{'The lungs are clear. ' * 99},val" for i in range(2))
+    (folder / "metadata.csv").write_text("image,report,split\n" + rows)
+    call(weights, "evaluate", "--data", folder, "--out", tmp_path / "e", "--points", 2)
+    assert len([*(tmp_path / "e" / "images" / "reports").iterdir()]) == 2
 
 
 def test_the_origin_of_an_evaluation(weights, tmp_path):
