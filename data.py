@@ -426,7 +426,7 @@ class Dataset:
             notes.append((i % n, item.path, wrong))
             if not wrong:
                 break
-        return {"image": image, "report": report, "caption": item.caption or report,
+        return {"image": image, "report": report, "caption": item.caption.strip() or report,
                 "index": i % n, "notes": notes}
 
     def account(self, samples):

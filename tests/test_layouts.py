@@ -400,7 +400,8 @@ def test_a_single_table_of_prompts(tmp_path):
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "csv.gz"])
 def test_plain(tmp_path, kind):
-    rows = [("a/b.png", HEART, "train", "Draw this."), ("c.png", HEART, "validation", "")]
+    rows = [("a/b.png", HEART, "train", "Draw this."), ("c.png", HEART, "validation", ""),
+            ("d.png", HEART, "test", " \t")]       # it used to stop training: "the text is empty"
     columns = ("image", "report", "split", "caption")
     if kind == "jsonl":
         lines = (json.dumps({k: v for k, v in zip(columns, row) if v}) for row in reversed(rows))
@@ -409,9 +410,9 @@ def test_plain(tmp_path, kind):
         table(tmp_path / f"metadata.{kind}", columns, *rows)
     for row in rows:
         save_grey(tmp_path / row[0])
-    train, val = (open_data(str(tmp_path), split, 16)[0] for split in ("train", "val"))
+    train, val, test = (open_data(str(tmp_path), k, 16)[0] for k in ("train", "val", "test"))
     assert (train["report"], train["caption"]) == (HEART, "Draw this.")
-    assert (val["report"], val["caption"]) == (HEART, HEART)
+    assert (val["report"], val["caption"]) == (test["report"], test["caption"]) == (HEART, HEART)
 
 
 def test_plain_without_splits_is_split_by_hash(tmp_path):
