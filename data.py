@@ -168,7 +168,7 @@ def table(path, columns, dropped):
         with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
             lines = (line.replace("\0", "") for line in file)
             rows = csv.DictReader(lines, restval="\0")
-            if path.suffix == ".jsonl":
+            if ".jsonl" in path.suffixes:
                 rows = ({**json.loads(line)} for line in lines if line.strip())
             for at, row in enumerate(rows, 1):
                 keys = keys or [find_column(path, column, row) for column in columns]
@@ -1072,8 +1072,11 @@ def clean_checked(text, answer=None):
 def raw_reports(source):
     """-> the path of cleaned.jsonl, {id: report as found}. UserError if there is none to clean."""
     splits = read_data(source, size=256, raw=True)
-    reports = {item.id: d.raw(i) for d in splits.values() if d.layout != "phantom"
-               for i, item in enumerate(d.items) if item.kind in RAW}
+    reports = {}
+    for d in splits.values():
+        for i, item in enumerate(d.items if d.layout != "phantom" else ()):
+            if item.kind in RAW and reports.setdefault(item.id, text := d.raw(i)) != text:
+                raise UserError(f"{source}: id {item.id} has two reports; rename that column")
     if not reports:
         raise UserError(f"{source} has no written reports to clean")
     return splits["train"].root / "cleaned.jsonl", reports

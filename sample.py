@@ -367,7 +367,7 @@ def look(args):
     if (args.layer or 1) > (depth := len(model.lm.tower.layers)):
         raise UserError(f"--layer {args.layer}: these weights have {depth} layers")
     if args.reads:
-        image = square(read_image(args.what), model.config.vit_image)
+        image, model.cut_texts = square(read_image(args.what), model.config.vit_image), True
         ids, maps = report_maps(model, image)
         cells, captions, times = [image], [args.what], [""]
         print(model.tokenizer.decode(ids))

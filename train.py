@@ -437,11 +437,12 @@ class Trainer:
             times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
             return sheet(images, [*PROMPTS, *times], 8, name)
         size = model.config.vit_image if self.stage.trains == "understanding" else size
+        def shown(split):
+            return first_images(open_data(self.options.data, split, size), 8, self.device)
         try:
-            shown = open_data(self.options.data, "val", size)
-        except UserError:                           # there are no validation images
-            shown = open_data(self.options.data, "train", size)
-        samples, images = first_images(shown, 8, self.device)
+            samples, images = shown("val")
+        except UserError:                           # no validation images, or broken ones
+            samples, images = shown("train")
         if self.stage.trains == "vae":
             mean = model.moments(vae_pixels(images)).chunk(2, dim=1)[0]
             back = to_uint8(model.decoder(model.post_quant_conv(mean)))[:, 0].cpu().numpy()
@@ -606,6 +607,7 @@ class Log:
         self.file, self.stage = file, stage
         torn = file.exists() and not file.read_bytes().endswith(b"\n")
         self.before = "\n" if torn else ""
+        file.touch()
         self.clear()
 
     def clear(self):
@@ -695,7 +697,7 @@ class CaptionCache:
             return self.model.read_captions([self.model.ids(text) for text in texts])
         while self.ahead and self.room:
             self.read(self.ahead[:64])
-            self.ahead = self.ahead[64:]
+            del self.ahead[:64]
         missing = [text for text in dict.fromkeys(texts) if text not in self.kept]
         found = self.kept | (self.read(missing) if missing else {})
         rows = [found[text] for text in texts]
@@ -707,8 +709,7 @@ class CaptionCache:
         """Keys and values of each caption, fp16 (l, layers, 2, g, k); kept if there is room."""
         kv, lengths, *_ = self.model.read_captions([self.model.ids(text) for text in texts])
         kv = torch.stack([torch.stack(pair) for pair in kv]).permute(2, 4, 0, 1, 3, 5).half()
-        found = {text: row[:n].clone(memory_format=torch.contiguous_format)
-                 for text, row, n in zip(texts, kv, lengths.tolist())}
+        found = {text: row[:n].contiguous() for text, row, n in zip(texts, kv, lengths.tolist())}
         for text, row in found.items():
             self.room = max(0, self.room - row.nbytes)
             if self.room:
@@ -724,7 +725,8 @@ class LatentCache(Dataset):
     def __init__(self, source, count: int, folder: Path, images=None):
         """The first `count` samples of a data set; `images`: the same ones at the image encoder's
         size, where they are wanted too (Table 5)."""
-        super().__init__(source.root, source.layout, source.split, range(count), source.size, {})
+        super().__init__(source.root, source.layout, source.split, range(count), source.size,
+                         source.dropped)
         self.source, self.images = source, images
         self.stem, self.texts, self.maps = folder / f"latents-{source.size}", [], {}
 
@@ -797,9 +799,9 @@ class LatentCache(Dataset):
 
     def fetch(self, index: int) -> dict:
         report, caption = self.texts[index]
-        sample = {"index": index, "report": report, "caption": caption, "notes": [(index, "", "")],
-                  **{k: v[index].astype(np.float32) for k, v in self.maps.items()}}
-        return sample | {"image": self.images.fetch(index)["image"]} if self.images else sample
+        image = self.images.fetch(index) if self.images else {"notes": [(index, "", "")]}
+        return image | {"index": index, "report": report, "caption": caption,
+                        **{k: v[index].astype(np.float32) for k, v in self.maps.items()}}
 
 
 def digest(module: nn.Module | None) -> str:

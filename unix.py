@@ -139,7 +139,7 @@ class UniX(nn.Module):
 
     # ---- sequences
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text without markers. Raises UserError: empty, longer than the context."""
+        """Token ids of a text without markers. UserError: empty, too long (but if `cut_texts`)."""
         if self.tokenizer is None:
             raise UserError("the weights folder has no tokenizer.json; add one")
         if not text.strip():

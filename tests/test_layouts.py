@@ -398,7 +398,18 @@ def test_a_single_table_of_prompts(tmp_path):
         assert open_data(str(source), "test", 16, "image")[0]["caption"] == "Prompt."
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "csv.gz"])
+def test_an_id_of_two_reports_is_not_cleaned(tmp_path):
+    """The number of a patient, for example: all images would get the last report."""
+    table(tmp_path / "metadata.csv", ("image", "report", "id"), ("a.png", HEART, "7"),
+          ("b.png", HEART, "7"), ("c.png", "No effusion.", "8"))
+    clean_folder(str(tmp_path))
+    table(tmp_path / "metadata.csv", ("image", "report", "id"), ("a.png", HEART, "7"),
+          ("b.png", "No effusion.", "7"))
+    with pytest.raises(UserError, match="id 7 has two reports"):
+        clean_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "csv.gz", "jsonl.gz"])
 def test_plain(tmp_path, kind):
     rows = [("a/b.png", HEART, "train", "Draw this."), ("c.png", HEART, "validation", ""),
             ("d.png", HEART, "test", " \t")]       # it used to stop training: "the text is empty"
@@ -406,6 +417,9 @@ def test_plain(tmp_path, kind):
     if kind == "jsonl":
         lines = (json.dumps({k: v for k, v in zip(columns, row) if v}) for row in reversed(rows))
         (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    elif kind == "jsonl.gz":
+        lines = (json.dumps(dict(zip(columns, row))) for row in rows)
+        (tmp_path / "metadata.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
     else:
         table(tmp_path / f"metadata.{kind}", columns, *rows)
     for row in rows:

@@ -544,6 +544,14 @@ def test_evaluate_scores_everything_and_resumes(weights, tmp_path, monkeypatch, 
     assert (out / "images" / "reports" / "3.png").read_bytes() != before
 
 
+def test_look_shows_a_written_report_longer_than_the_context(weights, tmp_path, monkeypatch):
+    """Bytes that are no UTF-8, from a young reader, are three times as many when read again."""
+    monkeypatch.setattr(sample, "read", lambda *_: ["The lungs are clear. " * 99])
+    image = write_phantoms(tmp_path, 0, 1) / "val-0.png"
+    call(weights, "look", image, "--out", tmp_path / "look.png")
+    assert (tmp_path / "look.png").exists()
+
+
 def test_an_evaluation_cuts_reports_longer_than_the_context(weights, tmp_path):
     folder = write_phantoms(tmp_path / "long", 0, 2)
     rows = "\n".join(f"val-{i}.png,{'The lungs are clear. ' * 99},val" for i in range(2))

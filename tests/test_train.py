@@ -626,6 +626,26 @@ def test_reports_longer_than_the_context_lose_their_end(trained, folder, tmp_pat
         UniX.load(tmp_path / "run").ids(batch["report"][0])     # what a user types is not cut
 
 
+def test_broken_validation_images_and_early_sheets_stop_nothing(folder, tmp_path):
+    """Sheets take training images instead, and come before the log's first line, at step 20."""
+    shutil.copytree(folder, tmp_path / "data")
+    for file in (tmp_path / "data").glob("val-*.png"):
+        file.write_bytes(b"junk")
+    train.run(options(tmp_path / "data", tmp_path / "run", 0, steps=3, sheet_every=1))
+    assert len([*(tmp_path / "run").glob("stage0-00000?.png")]) == 3
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_images_that_break_while_both_branches_train(trained, folder, tmp_path):
+    """The cache of latents does not hide them: one line, and what was learned is saved."""
+    shutil.copytree(folder, tmp_path / "data")
+    trainer = begun(tmp_path / "data", tmp_path / "run", 2, 1, trained[0], train="both")
+    for file in (tmp_path / "data").glob("train-*.png"):
+        file.write_bytes(b"junk")
+    with pytest.raises(UserError, match="is broken; fix or remove it.*step 1 is saved"):
+        trainer.fit()
+
+
 def test_stage_2_aligns_with_the_teacher_that_is_named(trained, folder, tmp_path):
     """The features are the teacher's; resuming with another teacher, or none, is refused."""
     shutil.copytree(trained[0], tmp_path / "run")
