@@ -607,7 +607,6 @@ class Log:
         self.file, self.stage = file, stage
         torn = file.exists() and not file.read_bytes().endswith(b"\n")
         self.before = "\n" if torn else ""
-        file.touch()
         self.clear()
 
     def clear(self):
@@ -635,7 +634,8 @@ class Log:
     def rows(self) -> list[dict]:
         """The valid lines: a line replaces earlier ones of its stage that have its step or more."""
         kept = []
-        for line in self.file.read_text(errors="replace").splitlines():
+        text = self.file.read_text(errors="replace") if self.file.exists() else ""
+        for line in text.splitlines():
             try:
                 row = json.loads(line)
                 stage, step = row["stage"], row["step"]
