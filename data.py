@@ -7,6 +7,7 @@ batches; then the synthetic data set; then labels and cleaning of reports.
 
 import argparse
 import atexit
+import codecs
 import collections
 import contextlib
 import csv
@@ -148,6 +149,10 @@ def square(image, size):
 
 
 # ---------------------------------------------------------------- data folders
+codecs.register_error("windows", lambda error: (     # of Windows tables that are no UTF-8
+    error.object[error.start:error.end].decode("cp1252", "replace"), error.end))
+
+
 class Dropped(dict):
     """Reason -> [count, first example]: nothing is left out without a word."""
     rows = 0  # how many were read
@@ -165,14 +170,16 @@ def table(path, columns, dropped):
     that it has; "a?" may be absent and is then "". UserError if it is unreadable or lacks one."""
     at, keys, opener = 0, [], gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="") as file:
+        with opener(path, "rt", encoding="utf-8-sig", errors="windows", newline="") as file:
             lines = (line.replace("\0", "") for line in file)
             rows = csv.DictReader(lines, restval="\0")
             if ".jsonl" in path.suffixes:
-                rows = ({**json.loads(line)} for line in lines if line.strip())
+                rows = ({**json.loads(line, parse_constant=lambda nan: None)} for line in lines
+                        if line.strip())
             for at, row in enumerate(rows, 1):
                 keys = keys or [find_column(path, column, row) for column in columns]
-                values = ["" if row.get(key) is None else str(row[key]) for key in keys]
+                values = ["" if isinstance(row.get(key), (type(None), list, dict)) else
+                          str(row[key]) for key in keys]
                 if "\0" in values:
                     dropped.add(f"rows of {path.name} cut short, skipped", values[0])
                 else:  # without lone surrogates
@@ -367,7 +374,7 @@ class Dataset:
 
     def __getitem__(self, index):
         sample = self.fetch(range(len(self))[index])
-        self.account([sample])
+        self.account([sample], len(self))
         return sample
 
     def fingerprint(self):
@@ -397,7 +404,7 @@ class Dataset:
         item = self.items[i]
         for folder in ("mimic-cxr-reports", "") if item.kind == "file" else ():
             with contextlib.suppress(OSError):
-                return (self.root / folder / item.report).read_text("utf-8", errors="replace")
+                return (self.root / folder / item.report).read_text("utf-8", "windows")
         return "" if item.kind == "file" else item.report
 
     def text(self, i):
@@ -412,35 +419,38 @@ class Dataset:
         return item.report if clean else join_sections(split_sections(self.raw(i))), clean
 
     def fetch(self, index):
-        """ds[index]; "notes" are (index, path, what is wrong or "") of all that was opened."""
+        """ds[index]; "notes": the index, its path, and what is wrong with it or "". UserError if 20
+        items in a row are broken, or 5% of all."""
         if self.layout == "phantom":
             image, _, report, _ = phantom(self.split, index, self.size)
             return {"image": image, "report": report, "caption": report, "index": index,
-                    "notes": [(index, "", "")]}
-        n, notes = len(self), []
+                    "notes": (index, "", "")}
+        n, notes = len(self), ()
         for i in range(index, index + min(n, max(20, n // 20 + 1))):  # all broken: over 5%
             item, (report, _), image = self.items[i % n], self.text(i % n), None
             with contextlib.suppress(UserError):
                 image = square(read_image(self.root / item.path, 2 * self.size), self.size)
             wrong = EMPTY if not report else UNREADABLE if image is None else ""
-            notes.append((i % n, item.path, wrong))
+            notes = notes or (index, item.path, wrong)
             if not wrong:
-                break
-        return {"image": image, "report": report, "caption": item.caption.strip() or report,
-                "index": i % n, "notes": notes}
+                return {"image": image, "report": report, "index": i % n, "notes": notes,
+                        "caption": item.caption.strip() or report}
+        raise UserError(f"too much of {self.root} is broken, {notes[2].split(',')[0]}: {notes[1]} "
+                        f"and the {i - index} after it; fix or remove them")
 
-    def account(self, samples):
-        """Count what is new in the samples' notes. UserError where too much is broken."""
-        for i, path, wrong in itertools.chain(*(sample["notes"] for sample in samples)):
+    def account(self, samples, of=400):
+        """Count what is new in the samples' notes. UserError if over 5% is broken: of all that were
+        seen, or of `of`. Samples in order give len(self), as broken images often lie together; at
+        random, 400, as a few early ones must not stop a good run."""
+        for i, path, wrong in (sample["notes"] for sample in samples):
             if wrong and i not in self.seen:
                 if wrong not in self.dropped:
                     print(f"{path}: {wrong}; from here on only counted", file=sys.stderr)
                 self.dropped.add(wrong, path)
                 self.unreadable += wrong == UNREADABLE
             self.seen.add(i)
-        lost = any(sample["notes"][-1][2] for sample in samples)
-        enough = max(len(self.seen), min(len(self), 400))  # else a few early ones stop a good run
-        if lost or len(self.seen) >= 20 and self.unreadable > .05 * enough:
+        enough = max(len(self.seen), min(len(self), of))
+        if len(self.seen) >= 20 and self.unreadable > .05 * enough:
             raise UserError(f"too much of {self.root} is broken; fix or remove it: "
                             + "; ".join(self.dropped.lines()))
 

@@ -446,7 +446,10 @@ def caption_maps(model: UniX, ids: list[int], size, seed: int, **how):
 def report_maps(model: UniX, image: np.ndarray):
     """Writes the report of a uint8 image -> its token ids, and how much each of them attends to
     each patch (1, layers, rows, columns, l)."""
-    ids = model.ids(*read(model, image[None]))
+    written, = read(model, image[None])
+    if not written.strip():
+        raise UserError("these weights write nothing about this image; train stage 1 for longer")
+    ids = model.ids(written)
     start = [*model.wrap(model.ids(INSTRUCTIONS[0])), model.config.bos]
     block = model.embed_image(model.vit.prepare(torch.from_numpy(image[None]).to(model.device)))
     with recorded() as weights:

@@ -720,7 +720,7 @@ class CaptionCache:
 class LatentCache(Dataset):
     """A data set as the frozen autoencoder sees it: the moments [mean | log variance] of every
     image, and the features of REPA's teacher, on disk beside the run. They are computed once, and
-    again when images, size, autoencoder or teacher change."""
+    again when images, size, autoencoder or teacher change, or if some images were unreadable."""
 
     def __init__(self, source, count: int, folder: Path, images=None):
         """The first `count` samples of a data set; `images`: the same ones at the image encoder's
@@ -739,7 +739,7 @@ class LatentCache(Dataset):
             known = json.loads(about.read_text())
             self.open_maps()
             same = [a == b for a, b in zip(known["origin"], origin)]
-            if all(same[:3 if begun else 4]):
+            if all(same[:3 if begun else 4]) and (begun or not known["broken"]):    # repaired?
                 self.texts = known["texts"]
                 return
             if begun:
@@ -756,9 +756,11 @@ class LatentCache(Dataset):
             raise UserError(f"{self.stem}.* cannot be written ({e.strerror}): make room, then run "
                             "the same command") from None
         self.texts = [text for share in procs.gather(texts) for text in share]
+        broken = sum(procs.gather(self.source.unreadable))
         if not procs.rank:
             with atomic(about) as temporary:
-                temporary.write_text(json.dumps({"origin": origin, "texts": self.texts}))
+                temporary.write_text(json.dumps(
+                    {"origin": origin, "broken": broken, "texts": self.texts}))
         self.open_maps()
 
     @torch.no_grad()
@@ -769,7 +771,7 @@ class LatentCache(Dataset):
         texts, files, name = [], {}, f"latents at {self.source.size} px"
         with progress(last - first, name, "image", not procs.rank) as bar:
             for samples in load_chunks(self.source, chunks, workers, 2):     # 8 fit a CPU's caches
-                self.source.account(samples)
+                self.source.account(samples, len(self.source))
                 images = torch.from_numpy(np.stack([s["image"] for s in samples])).to(model.device)
                 found = {"moments": model.vae.moments(vae_pixels(images))}
                 found |= {"features": teacher.patches(images)} if teacher else {}
@@ -792,14 +794,18 @@ class LatentCache(Dataset):
         file.seek(first * 2 * math.prod(shape[1:]), os.SEEK_CUR)
         return file
 
+    def __getstate__(self):             # a loader process opens the files itself
+        return vars(self) | {"maps": {}}
+
     def open_maps(self):
         files = {kind: f"{self.stem}.{kind}.npy" for kind in ("moments", "features")}
         self.maps = {kind: np.load(file, mmap_mode="r") for kind, file in files.items()
                      if kind == "moments" or os.path.exists(file)}
 
     def fetch(self, index: int) -> dict:
+        self.maps or self.open_maps()
         report, caption = self.texts[index]
-        image = self.images.fetch(index) if self.images else {"notes": [(index, "", "")]}
+        image = self.images.fetch(index) if self.images else {"notes": (index, "", "")}
         return image | {"index": index, "report": report, "caption": caption,
                         **{k: v[index].astype(np.float32) for k, v in self.maps.items()}}
 
@@ -853,7 +859,9 @@ class Processes:
 def initial_model(options: Options, out: Path, data) -> UniX:
     """The model that a stage starts from: --weights, the run's own, or in stage 1 a new one."""
     if options.weights or (out / "model.safetensors").exists():
-        return UniX.load(options.weights or out)
+        model = UniX.load(options.weights or out)
+        model.ids(INSTRUCTIONS[0])      # an error if its tokenizer is missing
+        return model
     texts = [data.text(i)[0] for i in range(min(len(data), 2000))]
     config = PRESETS[options.preset]
     tokenizer = Tokenizer.train(texts + list(INSTRUCTIONS), config.vocab, special=SPECIAL)

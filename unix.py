@@ -147,8 +147,9 @@ class UniX(nn.Module):
         ids, most = self.tokenizer.encode(text), self.config.max_tokens - 2
         if len(ids) > most and not self.cut_texts:
             raise UserError(f"the text has {len(ids)} tokens, more than fit; shorten it")
-        if max(ids) >= self.config.vocab:
-            raise UserError("tokenizer.json is not that of these weights: it has more tokens")
+        if not ids or max(ids) >= self.config.vocab:
+            raise UserError("tokenizer.json is not that of these weights: "
+                            + ("it has more tokens" if ids else f"it lacks all of {text[:20]!r}"))
         return ids[:most]
 
     def pad(self, rows: list[list[int]], value: int | None = None) -> tuple[Tensor, Tensor]:

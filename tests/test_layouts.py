@@ -40,7 +40,7 @@ def table(path, header, *rows):
 def plain(root, n=6):
     """A plain folder of n images in the train split; image k is all grey of value k."""
     for k in range(n):
-        save_grey(root / f"{k}.png", k)
+        save_grey(root / f"{k}.png", k % 256)
     table(root / "metadata.csv", ["image", "report", "split"],
           *([f"{k}.png", f"FINDINGS: Nodule of {k} mm.", "train"] for k in range(n)))
     return root
@@ -529,7 +529,7 @@ def test_windows_text_is_read(tmp_path):
         b"\xef\xbb\xbfimage,report,split\r\nsub\\a.png,FINDINGS: \x00Cl\xe9ar.\r\n\r\n"
         b"cut.png\r\n".replace(b"Cl\xe9ar.", b"Cl\xe9ar.,train"))
     data = open_data(str(tmp_path), "train", 16)
-    assert data[0]["report"] == "FINDINGS: Cl\ufffdar."
+    assert data[0]["report"] == "FINDINGS: Cl\u00e9ar."
     assert counts(data) == {"rows of metadata.csv cut short, skipped": 1}
 
 
@@ -583,6 +583,17 @@ def test_hostile_json(tmp_path):
         (tmp_path / "metadata.jsonl").write_text(good + bad)
         with pytest.raises(UserError, match="metadata.jsonl cannot be read .row 2: "):
             open_data(str(tmp_path), "train", 16)
+
+
+def test_what_is_no_text_is_no_report(tmp_path):
+    """NaN of pandas, lists and objects were taken as the words of a report."""
+    save_grey(tmp_path / "good.png")
+    (tmp_path / "metadata.jsonl").write_text("".join(
+        f'{{"image": "{name}.png", "report": {report}, "split": "train"}}\n'
+        for name, report in {"good": '"FINDINGS: Clear."', "a": "NaN", "b": "null", "c": '["x"]',
+                             "d": '{"x": 1}'}.items()))
+    data = open_data(str(tmp_path), "train", 16)
+    assert len(data) == 1 and counts(data) == {"empty reports, skipped": 4}
 
 
 def test_broken_tables(tmp_path):
@@ -671,8 +682,27 @@ def test_everything_broken_stops_at_once(tmp_path):
     root = plain(tmp_path, 3)
     for file in root.glob("*.png"):
         file.write_text("broken")
-    with pytest.raises(UserError, match="3 of 3 images unreadable"):
+    with pytest.raises(UserError, match="images unreadable: 1.png and the 2 after it"):
         open_data(str(root), "train", 16)[1]
+
+
+def test_broken_images_that_lie_together(tmp_path):
+    """3% in a row are few, in whatever order they are met; 6% are too many."""
+    root = plain(tmp_path, 500)
+    for k in range(2, 17):
+        (root / f"{k}.png").write_text("broken")
+    in_order, at_random = (open_data(str(root), "train", 16) for _ in range(2))
+    assert [in_order[k]["index"] for k in range(100)] == [0, 1, *[17] * 15, *range(17, 100)]
+    steps = batches(at_random, 50, seed=0)
+    for _ in range(10):
+        next(steps)
+    assert counts(in_order) == counts(at_random) == {"images unreadable, skipped": 15}
+    for k in range(52, 67):
+        (root / f"{k}.png").write_text("broken")
+    in_order = open_data(str(root), "train", 16)
+    with pytest.raises(UserError, match="26 of 500 images unreadable"):
+        for k in range(100):
+            in_order[k]
 
 
 # ---- batches -----------------------------------------------------------------------------------

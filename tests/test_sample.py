@@ -552,6 +552,13 @@ def test_look_shows_a_written_report_longer_than_the_context(weights, tmp_path, 
     assert (tmp_path / "look.png").exists()
 
 
+def test_look_says_where_nothing_was_written(weights, image, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "read", lambda *_: [" "])
+    with pytest.raises(UserError, match="write nothing about this image"):
+        sample.look(sample.parse(["look", str(image), "--weights", str(weights), "--out",
+                                  str(tmp_path / "look.png")]))
+
+
 def test_an_evaluation_cuts_reports_longer_than_the_context(weights, tmp_path):
     folder = write_phantoms(tmp_path / "long", 0, 2)
     rows = "\n".join(f"val-{i}.png,{'The lungs are clear. ' * 99},val" for i in range(2))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import shutil
 import signal
 import subprocess
@@ -274,6 +275,43 @@ def test_the_cache_of_latents_is_made_again_when_something_changed(trained, fold
     with torch.no_grad():
         want = model.vae.moments(vae_pixels(torch.from_numpy(data[3]["image"])[None]))[0]
     torch.testing.assert_close(got, want, atol=2e-3, rtol=2e-3)
+
+
+def test_latents_of_an_image_that_was_repaired(trained, tmp_path):
+    """They used to stay those of the image that had replaced it."""
+    root = write_phantoms(tmp_path / "images", 30, 4)
+    data = train.open_data(str(root), "train", 64)
+    file = root / data.items[3].path
+    whole, model = file.read_bytes(), UniX.load(trained[0])
+    def cache(begun):
+        made = LatentCache(train.open_data(str(root), "train", 64), 6, tmp_path)
+        made.fill(model, None, Processes(), 0, begun)
+        return (made[3]["moments"] == made[4]["moments"]).all()
+    file.write_text("broken")
+    assert cache(False)
+    file.write_bytes(whole)
+    assert cache(True)                  # a stage that has begun keeps what it learned from
+    assert not cache(False)
+
+
+def test_a_loader_process_opens_the_latents_itself(trained, folder, tmp_path):
+    """Where processes are spawned, each used to get a copy of all latents through a pipe."""
+    data = train.open_data(str(folder), "train", 64)
+    made = LatentCache(data, 6, tmp_path)
+    made.fill(UniX.load(trained[0]), None, Processes(), 0, False)
+    sent = pickle.dumps(made)
+    assert len(sent) < made.maps["moments"].nbytes
+    got = pickle.loads(sent)[3]
+    assert (got["moments"] == made[3]["moments"]).all() and got["caption"] == made[3]["caption"]
+
+
+def test_weights_without_a_tokenizer_are_refused_at_once(trained, folder, tmp_path):
+    shutil.copytree(trained[0], tmp_path / "weights")
+    (tmp_path / "weights" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        train.run(Options(stage=2, data=str(folder), weights=str(tmp_path / "weights"),
+                          out=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stage_that_has_begun_keeps_its_images(trained, folder, tmp_path):

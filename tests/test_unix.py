@@ -217,6 +217,9 @@ def test_a_text_fills_the_context_with_its_markers(model):
     model.config.vocab = 50
     with pytest.raises(UserError, match="tokenizer.json is not that of these weights"):
         model.ids("xO")             # x is 40, O is 79
+    model.tokenizer.encode = lambda text: []            # made by hand, without all bytes
+    with pytest.raises(UserError, match="it lacks all of '\u5b57'"):
+        model.ids("\u5b57")
 
 
 @torch.no_grad()
