@@ -244,10 +244,10 @@ def decode(lm: LanguageModel, tokens: Tensor, length: Tensor, image: Tensor | No
     Reads the context once, then feeds one token a step to a preallocated key/value cache. Ends
     when every sample has written eos, or after max_new tokens.
     """
-    hidden, context = lm.read_text(tokens, length, image)
-    rows, size = torch.arange(len(tokens), device=tokens.device), context.kv[0][0].shape[2]
-    cache = [[F.pad(a, (0, 0, 0, max_new)) for a in pair] for pair in context.kv]
-    at, ids, done = context.length, context.next_id, torch.zeros_like(length, dtype=torch.bool)
+    hidden, (cache, at, ids, ragged) = lm.read_text(tokens, length, image)
+    rows, size = torch.arange(len(tokens), device=tokens.device), cache[0][0].shape[2]
+    cache = [[F.pad(a, (0, 0, 0, max_new)) for a in pair] for pair in cache]
+    done = torch.zeros_like(length, dtype=torch.bool)
     hidden = hidden[rows, length - 1]
     for i in range(max_new):
         logits = lm.lm_head(hidden)
@@ -256,8 +256,7 @@ def decode(lm: LanguageModel, tokens: Tensor, length: Tensor, image: Tensor | No
         done |= token == eos
         if done.all() or i + 1 == max_new:
             return
-        hidden = lm.tower.step(lm.embed_tokens(token), ids + i, cache, at + i, size + i + 1,
-                               context.ragged)
+        hidden = lm.tower.step(lm.embed_tokens(token), ids + i, cache, at + i, size + i + 1, ragged)
 
 
 # --- tokenizer (Hugging Face's file format; you need not read on): text -> words ------------------

@@ -1092,9 +1092,9 @@ def raw_reports(source):
     return splits["train"].root / "cleaned.jsonl", reports
 
 
-def write_jsonl(path, records):
+def write_json(path, records, indent=None):
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+        file.writelines(json.dumps(record, indent=indent) + "\n" for record in records)
 
 
 def clean_folder(source, answers=None):
@@ -1103,7 +1103,7 @@ def clean_folder(source, answers=None):
     path, reports = raw_reports(source)
     answers = dict(table(Path(answers), ("id", "report"), Dropped())) if answers else {}
     cleaned = {name: clean_checked(raw, answers.get(name)) for name, raw in reports.items()}
-    write_jsonl(path, ({"id": name, "report": text} for name, (text, _) in cleaned.items()))
+    write_json(path, ({"id": name, "report": text} for name, (text, _) in cleaned.items()))
     kept = [name for name, (_, same) in cleaned.items() if not same]
     print(f"{path}: {len(cleaned):,} reports, {len(answers.keys() & cleaned):,} by answers; "
           f"{len(kept):,} kept as they were, where labels would change: {', '.join(kept[:3])}; "
@@ -1113,7 +1113,7 @@ def clean_folder(source, answers=None):
 def export_prompts(source, path):
     """Write {"id", "clean", "judge"} a report: prompts for a language model that cleans."""
     clean, judge = (phrases()["prompts"][key] for key in ("clean", "judge"))
-    write_jsonl(path, ({
+    write_json(path, ({
         "id": name, "clean": clean.replace("{report}", raw),
         "judge": judge.replace("{cleaned}", clean_checked(raw)[0]).replace("{report}", raw)}
         for name, raw in raw_reports(source)[1].items()))
@@ -1128,9 +1128,8 @@ def save_image(image, path):
 
 def sheet(images, captions, columns, path):
     """Write a PNG of images, uint8 (h, w) or (h, w, 3) of any size, each over its caption."""
-    images = [Image.fromarray(np.asarray(image)) for image in images]
     images = [ImageOps.scale(image, max(1, round(192 / max(image.size))), Image.Resampling.NEAREST)
-              for image in images]
+              for image in map(Image.fromarray, map(np.asarray, images))]
     width, gap = max(192, *(image.width for image in images)), 8
     texts = ["\n".join(textwrap.fill(line, width // 7) for line in caption.split("\n"))
              for caption in captions]
@@ -1175,11 +1174,11 @@ def first_look(source, out):
 def main():
     parser = argparse.ArgumentParser(description="A first look at a data folder, or its cleaning.")
     parser.add_argument("source", nargs="?", default="phantom", metavar="DIR",
-                        help="phantom, a data folder, or one of its tables")
-    parser.add_argument("--out", default="sheet.png", help="where the sheet of images goes")
+                        help="phantom (default), a data folder, or one of its tables")
+    parser.add_argument("--out", default="sheet.png", help="PNG to write (%(default)s)")
     parser.add_argument("--clean", action="store_true", help="write DIR/cleaned.jsonl for training")
     parser.add_argument("--export-prompts", metavar="FILE", help="prompts for a cleaning model")
-    parser.add_argument("--answers", metavar="FILE", help='its answers: {"id", "report"} a line')
+    parser.add_argument("--answers", metavar="FILE", help='clean by its answers, {"id", "report"}')
     args = parser.parse_args()
     plain_streams()
     try:

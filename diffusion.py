@@ -92,7 +92,7 @@ def sample(velocity, x: Tensor, points=50, shift=3.0, scale=2.0, interval=(0.4, 
     `eta` in [0, 1] (ours; DDIM's, Song et al. 2021): fresh noise in each step, 0 none, 1 as much as
     DDPM; noise() gives noise like x. With it, later steps correct earlier ones.
     """
-    times = shift_time(torch.linspace(1, 0, points), shift)
+    times = shift_time(torch.linspace(1, 0, points), shift).clamp(max=1)    # rounding
     for t, after in zip(times[:-1], times[1:]):
         at = t.to(x.device).expand(len(x))
         guided = scale > 1 and bool(interval[0] < t <= interval[1])
@@ -303,7 +303,7 @@ class VAE(nn.Module):
 
     @staticmethod
     def sizes(weights: dict[str, Tensor]) -> dict:
-        """The constructor's arguments, read off the shapes of a state dict. Raises KeyError."""
+        """The arguments for a state dict. Raises LookupError, ValueError, ArithmeticError."""
         ch = weights["encoder.conv_in.weight"].shape[0]
         levels = 1 + max(int(k.split(".")[2]) for k in weights if k.startswith("encoder.down."))
         out = [weights[f"encoder.down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)]

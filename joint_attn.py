@@ -40,8 +40,7 @@ class Context(NamedTuple):
 
     def drop(self, rows: Tensor) -> "Context":
         """Empties the context of the samples where `rows` (b,) is True: no caption, RoPE id 0."""
-        keep = ~rows
-        return Context(self.kv, self.length * keep, self.next_id * keep, True)
+        return Context(self.kv, self.length * ~rows, self.next_id * ~rows, True)
 
     def with_empty(self) -> "Context":
         """Every sample twice, for guidance: first with its context, then with an empty one."""
@@ -184,7 +183,8 @@ class Tower(nn.Module):
 
         `cache`: per layer k and v, (b, g, size, k). Row `at` (b,) is written, rows < `end` read.
         """
-        x, cos_sin, rows = x[:, None], rope(ids[:, None], self.head_dim), torch.arange(len(x))
+        x, cos_sin = x[:, None], rope(ids[:, None], self.head_dim)
+        rows = torch.arange(len(x), device=x.device)
         mask = (torch.arange(end, device=x.device) <= at[:, None])[:, None, None]   # (b, 1, 1, end)
         for layer, (keys, values) in zip(self.layers, cache):
             q, k, v = layer.und.qkv(x, cos_sin)

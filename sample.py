@@ -303,7 +303,7 @@ def settings(args, model: UniX) -> dict:
 
 def read(model: UniX, images: np.ndarray, *how) -> list[str]:
     """Reports of uint8 images (n, h, w). `how`: prompt, longest, temperature, top_p, seed."""
-    how = how or (INSTRUCTIONS[0], min(200, model.config.max_tokens))
+    how = how or (INSTRUCTIONS[0], min(500, model.config.max_tokens))
     return [text for some in torch.from_numpy(images).split(32)
             for text in model.report(model.vit.prepare(some.to(model.device)), *how)]
 
@@ -527,7 +527,7 @@ def image_scores(real: np.ndarray, fake: np.ndarray) -> dict[str, list[float]]:
 def features(encoder, images: np.ndarray) -> np.ndarray:
     """uint8 images (n, h, w) -> (n, d), float64."""
     parts = torch.from_numpy(images).to(encoder.pos_embed.device).split(32)
-    return torch.cat([encoder.summary(some) for some in parts]).double().cpu().numpy()
+    return torch.cat([encoder.summary(some) for some in parts]).cpu().double().numpy()
 
 
 @torch.no_grad()
@@ -535,8 +535,8 @@ def reconstruction(model: UniX, images: np.ndarray) -> dict[str, list[float]]:
     """PSNR in dB of uint8 images (n, s, s) through the autoencoder and back; mean over images."""
     each, vae = [], model.vae
     for some in torch.from_numpy(images).to(model.device).split(32):
-        back = to_uint8(vae.decode(vae.latents(vae.moments(vae_pixels(some)))))[:, 0]
-        each.append((some.double() - back).square().mean((1, 2)).cpu())
+        back = to_uint8(vae.decode(vae.latents(vae.moments(vae_pixels(some)))))[:, 0].cpu()
+        each.append((some.cpu().double() - back).square().mean((1, 2)))     # MPS has no float64
     each = (10 * torch.log10(255 ** 2 / torch.cat(each))).numpy()
     name = f"PSNR at {images.shape[1]} px, {len(images)} images"
     return with_intervals(lambda i: {name: each[i].mean()}, len(each))

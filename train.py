@@ -6,9 +6,9 @@
     python train.py --stage 3      generation at high resolution
 
 What a stage does not train is frozen: no gradient, and not in the optimizer. The same command
-resumes a run that was stopped, on a CPU bit for bit: the random numbers of a step depend on (seed,
-stage, step) alone. In this file: the stages and options, one training step, the loop, what is kept
-(log, checkpoints, caches), and the setting-up.
+resumes a run that was stopped, on a CPU bit for bit: the random numbers of a step depend on the
+run's settings and the step alone. In this file: the stages and options, one training step, the
+loop, what is kept (log, checkpoints, caches), and the setting-up.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -112,7 +113,7 @@ class Options:
     workers: int = option(0, "processes that load images", 0, 256)
     save_every: int = option(200, "steps between checkpoints", 1)
     sheet_every: int = option(500, "steps between sample sheets", 1)
-    seed: int = option(0, "seed of everything random", 0, 2**31 - 1)
+    seed: int = option(0, "seed of everything random", 0, 10**9)
     plan: bool = option(False, "print sizes, memory and steps, then stop")
     memory: float = option(None, "with --plan: GiB of a process (default: this device's)", 0.1)
     rate: float = option(None, "with --plan: tokens a second, over all processes", 1e-9)
@@ -163,8 +164,8 @@ from PIL import Image, ImageDraw                          # noqa: E402
 from tqdm import tqdm                                     # noqa: E402
 
 from ar import Tokenizer, vit_pixels                      # noqa: E402
-from data import (Dataset, UserError, atomic, batches, impression, kill_workers,  # noqa: E402
-                  load_chunks, open_data, plain_streams, sheet)
+from data import (Dataset, UserError, atomic, batches, impression, load_chunks,  # noqa: E402
+                  open_data, plain_streams, save_image, sheet, write_json)
 from diffusion import (VAE, path, repa_loss, sample_time, to_uint8, vae_pixels,  # noqa: E402
                        velocity_from_x0, velocity_loss)
 from joint_attn import Context                            # noqa: E402
@@ -187,9 +188,11 @@ class Trainer:
         self.by_time, self.both = [], options.train == "both"   # (times, flow losses); Table 5
         out.mkdir(parents=True, exist_ok=True)
         self.vae, self.captions, self.projector = model, None, None
-        self.weights = digest(model) if options.weights else ""     # what it starts from
+        self.weights = digest(model) if options.weights else None   # what it starts from
         if options.stage == 2 and not self.file.exists():
             model.copy_tower()
+            nn.init.zeros_(model.llm2vae.weight)        # it belongs to another tower, if to any
+            nn.init.zeros_(model.llm2vae.bias)
         if stage.trains != "vae":
             texts = [caption for _, caption in getattr(data, "texts", ())]  # stages 2 and 3
             self.vae, self.captions = model.vae, CaptionCache(model, texts)
@@ -209,6 +212,8 @@ class Trainer:
             names = ["understanding", "generation"] if self.both else [branch]
             trainable = {k: p for name in names for k, p in self.model.branch(name).items()}
         if self.stage.repa_weight:                          # REPA's projector, three layers
+            if "features" not in self.data.maps:
+                raise UserError(f"{self.out} was begun with --repa-weight 0: give it again")
             d, d_teacher = self.model.config.width, self.data.maps["features"].shape[-1]
             torch.manual_seed(self.options.seed)
             self.projector = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU(),
@@ -350,9 +355,8 @@ class Trainer:
         """Share of the learning rate at a step: linear warm-up, then constant. In `tiny`
         it also falls to 0 in a line (stages 2, 3: from the first step); the smaller one counts."""
         s = self.stage
-        rise = min(1.0, (step + 1) / s.warmup) if s.warmup else 1.0
-        fall = min(1.0, (s.steps - step) / (s.ours.cooldown * s.steps)) if s.ours.cooldown else 1.0
-        return min(rise, fall)
+        fall = (s.steps - step) / (s.ours.cooldown * s.steps) if s.ours.cooldown else 1.0
+        return min(1.0, (step + 1) / max(1, s.warmup), fall)
 
     def check_finite(self, logged: dict):
         if not all(map(math.isfinite, logged.values())):
@@ -377,10 +381,10 @@ class Trainer:
     def fit(self):
         """Trains to the last step. Ctrl-C, SIGTERM, a full disk, a dead loader process: what was
         learned is saved first. Raises Stopped and UserError."""
-        kinds = signal.SIGINT, signal.SIGTERM
-        handlers = [signal.signal(kind, self.interrupt) for kind in kinds]
+        before = {k: signal.signal(k, self.interrupt) for k in (signal.SIGINT, signal.SIGTERM)}
         try:
-            self.loop()
+            with suppress(KeyboardInterrupt):       # while it waited for a batch
+                self.loop()
         except NotSaved:
             raise
         except (UserError, OSError) as e:
@@ -388,13 +392,12 @@ class Trainer:
                 self.save_checkpoint()
             raise UserError(f"{e}; step {self.saved_step} is saved: the same command resumes"
                             ) from None
-        except KeyboardInterrupt:           # while it waited for a batch
-            pass
         finally:
-            for kind, handler in zip(kinds, handlers):
+            for kind, handler in before.items():
                 signal.signal(kind, handler)
         if self.step < self.stage.steps:
             self.save_checkpoint()
+            self.procs.gather(None)         # torchrun kills the others once one has ended
             raise Stopped(f"stopped at step {self.step} and saved; the same command resumes")
 
     def interrupt(self, *_):
@@ -407,7 +410,7 @@ class Trainer:
         o, s, first, stream = self.options, self.stage, self.procs.rank == 0, self.stream()
         log = Log(self.out / "log.jsonl", o.stage) if first else None
         with progress(s.steps, f"stage {o.stage}", "step", first, initial=self.step) as bar:
-            while self.step < s.steps and not self.procs.total(self.stop):
+            while self.step < s.steps and not self.procs.total(self.stop.clone()):
                 self.waiting = True
                 batch = next(stream)
                 self.waiting = False
@@ -436,16 +439,15 @@ class Trainer:
             images += [to_uint8(model.vae.decode(x))[0, 0].cpu().numpy() for x in steps]
             times = [f"t = {1 - (i + 1) / 24:.2f} before the shift" for i in range(2, 24, 3)]
             return sheet(images, [*PROMPTS, *times], 8, name)
-        size = model.config.vit_image if self.stage.trains == "understanding" else size
-        def shown(split):
-            return first_images(open_data(self.options.data, split, size), 8, self.device)
+        data = self.data[0] if self.stage.trains == "vae" else self.data
         try:
-            samples, images = shown("val")
+            val = open_data(self.options.data, "val", data.size)
+            samples, images = first_images(val, 8, self.device)
         except UserError:                           # no validation images, or broken ones
-            samples, images = shown("train")
+            samples, images = first_images(data, 8, self.device)
         if self.stage.trains == "vae":
-            mean = model.moments(vae_pixels(images)).chunk(2, dim=1)[0]
-            back = to_uint8(model.decoder(model.post_quant_conv(mean)))[:, 0].cpu().numpy()
+            back = model.decode(model.latents(model.moments(vae_pixels(images))))
+            back = to_uint8(back)[:, 0].cpu().numpy()
             pairs = [x for s, b in zip(samples, back) for x in (s["image"], b)]
             return sheet(pairs, ["original", "reconstruction"] * len(samples), 4, name)
         written = model.report(vit_pixels(images), max_new=120)
@@ -458,10 +460,9 @@ class Trainer:
         """What must not change between the starts of a stage."""
         o, s = self.options, self.stage
         names = "data preset accumulate train mix share_layers no_context seed repa_teacher"
-        found = {k: getattr(o, k) for k in names.split()} | {
-            "steps": s.steps, "batch": s.batch, "lr": s.lr, "repa_weight": s.repa_weight}
-        found |= {"vae": digest(self.vae)} if s.trains == "generation" else {}
-        return found | ({"weights": self.weights} if o.weights else {})
+        return {k: getattr(o, k) for k in names.split()} | {
+            "steps": s.steps, "batch": s.batch, "lr": s.lr, "repa_weight": s.repa_weight,
+            "vae": digest(self.vae) if s.trains == "generation" else None, "weights": self.weights}
 
     def save_checkpoint(self):
         """First all that resuming needs, in one file, then the weights folder. Each file is whole
@@ -493,7 +494,8 @@ class Trainer:
             return self.averaged.save(self.out)
         _, images = first_images(self.data[0], 128, self.device)
         vae = self.averaged
-        mean, logvar = vae.moments(vae_pixels(images)).chunk(2, dim=1)
+        mean, logvar = torch.cat([vae.moments(vae_pixels(some)) for some in images.split(8)]
+                                 ).chunk(2, dim=1)
         vae.latent_mean = float(mean.mean())
         vae.scale = float((mean.var() + logvar.clamp(-30, 20).exp().mean()).rsqrt())
         save_vae(vae, self.out / "vae")
@@ -514,11 +516,9 @@ class Trainer:
                             "the same ones, another --out, or delete it to start over")
         self.step = self.saved_step = state["step"]
         if "trainable" in state:
-            with torch.no_grad():
-                for k, p in self.trainable.items():
-                    p.copy_(state["trainable"][k])
-                for k, p in self.average().items():
-                    p.copy_(state["average"][k])
+            for name, kept in (("trainable", self.trainable), ("average", self.average())):
+                for k, p in kept.items():
+                    p.detach().copy_(state[name][k])
             for optimizer, kept in zip(self.optimizers, state["optimizers"]):
                 optimizer.load_state_dict(kept)
             if self.step >= self.stage.steps:       # stopped between the state and the weights
@@ -620,8 +620,7 @@ class Log:
             return
         row = {"stage": self.stage, "step": step,
                "steps_per_s": len(self.values) / (time.perf_counter() - self.begin)}
-        for k in dict.fromkeys(k for values in self.values for k in values):
-            row[k] = sum(values.get(k, 0) for values in self.values) / len(self.values)
+        row |= {k: sum(x[k] for x in self.values) / len(self.values) for k in values}
         if self.by_time:        # flow loss for each tenth of t
             t, loss = (torch.cat(x).cpu() for x in zip(*self.by_time))
             tenths = [loss[(t * 10).long().clamp(max=9) == k].double() for k in range(10)]
@@ -636,12 +635,10 @@ class Log:
         kept = []
         text = self.file.read_text(errors="replace") if self.file.exists() else ""
         for line in text.splitlines():
-            try:
+            with suppress(ValueError, KeyError, TypeError):
                 row = json.loads(line)
                 stage, step = row["stage"], row["step"]
                 kept = [r for r in kept if r["stage"] != stage or r["step"] < step] + [row]
-            except (ValueError, KeyError, TypeError):
-                continue
         return kept
 
 
@@ -671,8 +668,7 @@ def plot_curves(rows: list[dict], file: Path):
         pen.line([place(*p) for p in points] * (1 if len(points) > 1 else 2), fill="navy", width=2)
         why = " (`tiny`: rises as training times shift back from noise)" if name == "flow" else ""
         pen.text((60, 200 * i + 8), f"stage {stage}, {name} loss by step{why}", fill="black")
-    with atomic(file) as temporary:
-        canvas.save(temporary, "PNG")
+    save_image(np.asarray(canvas), file)
 
 
 # ---------------------------------------------------------------- caches of what is frozen
@@ -719,8 +715,9 @@ class CaptionCache:
 
 class LatentCache(Dataset):
     """A data set as the frozen autoencoder sees it: the moments [mean | log variance] of every
-    image, and the features of REPA's teacher, on disk beside the run. They are computed once, and
-    again when images, size, autoencoder or teacher change, or if some images were unreadable."""
+    image, and the features of REPA's teacher, in fp16 (ours) on disk beside the run. They are
+    computed once, and again if, before the stage begins, images, size, autoencoder or teacher
+    change or a broken image is repaired."""
 
     def __init__(self, source, count: int, folder: Path, images=None):
         """The first `count` samples of a data set; `images`: the same ones at the image encoder's
@@ -735,55 +732,58 @@ class LatentCache(Dataset):
         so that the teacher may have been trained since (Table 5). Raises UserError."""
         origin = [self.source.fingerprint(), len(self), digest(model.vae), digest(teacher)]
         about = self.stem.with_suffix(".json")
-        try:
+        with suppress(OSError, EOFError, ValueError, LookupError, TypeError):
             known = json.loads(about.read_text())
             self.open_maps()
             same = [a == b for a, b in zip(known["origin"], origin)]
-            if all(same[:3 if begun else 4]) and (begun or not known["broken"]):    # repaired?
+            if all(same[:3 if begun else 4]) and (begun or all(     # are they still broken?
+                    self.source.fetch(i)["notes"][2] for i in known["broken"])):
                 self.texts = known["texts"]
                 return
             if begun:
                 raise UserError("the images, --images or --vae are not those that this stage began "
                                 f"with ({about}); restore them, or use another --out")
-        except (OSError, ValueError, LookupError, TypeError):
-            pass
+        self.maps = {}                                      # Windows deletes no file that is open
         for old in () if procs.rank else self.stem.parent.glob(f"{self.stem.name}.*"):
             old.unlink()
         procs.gather(None)                                  # all wait until the old files are gone
         try:
-            texts = self.compute(model, teacher, procs, workers)
+            shares = procs.gather(self.compute(model, teacher, procs, workers))
         except OSError as e:
             raise UserError(f"{self.stem}.* cannot be written ({e.strerror}): make room, then run "
                             "the same command") from None
-        self.texts = [text for share in procs.gather(texts) for text in share]
-        broken = sum(procs.gather(self.source.unreadable))
+        self.texts, broken = ([x for share in kind for x in share] for kind in zip(*shares))
         if not procs.rank:
-            with atomic(about) as temporary:
-                temporary.write_text(json.dumps(
-                    {"origin": origin, "broken": broken, "texts": self.texts}))
+            write_json(about, [{"origin": origin, "broken": broken, "texts": self.texts}])
         self.open_maps()
 
     @torch.no_grad()
-    def compute(self, model: UniX, teacher, procs: "Processes", workers: int) -> list:
-        """Writes the share of this process -> the [report, caption] of its images."""
+    def compute(self, model: UniX, teacher, procs: "Processes", workers: int) -> tuple[list, list]:
+        """Writes the share of this process -> the [report, caption] of its images; which of them
+        are broken."""
         first, last = (len(self) * (procs.rank + i) // procs.world for i in (0, 1))
         chunks = ([*range(i, min(i + 8, last))] for i in range(first, last, 8))
-        texts, files, name = [], {}, f"latents at {self.source.size} px"
-        with progress(last - first, name, "image", not procs.rank) as bar:
+        texts, broken, files, name = [], [], {}, f"latents at {self.source.size} px"
+        with progress(last - first, name, "image", not procs.rank) as bar, ExitStack() as opened:
             for samples in load_chunks(self.source, chunks, workers, 2):     # 8 fit a CPU's caches
                 self.source.account(samples, len(self.source))
                 images = torch.from_numpy(np.stack([s["image"] for s in samples])).to(model.device)
                 found = {"moments": model.vae.moments(vae_pixels(images))}
-                found |= {"features": teacher.patches(images)} if teacher else {}
+                if teacher:
+                    grid = model.grid(*found["moments"].shape[2:])
+                    found["features"] = to_grid(teacher.patches(images).float().cpu(), grid)
                 for kind, v in found.items():
                     if kind not in files:
-                        files[kind] = self.create(kind, (len(self), *v.shape[1:]), first)
+                        file = self.create(kind, (len(self), *v.shape[1:]), first)
+                        files[kind] = opened.enter_context(file)
                     files[kind].write(v.half().cpu().numpy().tobytes())
                 texts += [[s["report"], s["caption"]] for s in samples]
+                broken += [s["notes"][0] for s in samples if s["notes"][2]]
                 bar.update(len(samples))
-        for file in files.values():
-            file.close()
-        return texts
+            for file in files.values():     # on disk before the note that they are whole
+                file.flush()
+                os.fsync(file.fileno())
+        return texts, broken
 
     def create(self, kind: str, shape: tuple, first: int):
         """A .npy file of fp16, open for writing from row `first` on. Plain writes instead of a
@@ -808,6 +808,16 @@ class LatentCache(Dataset):
         image = self.images.fetch(index) if self.images else {"notes": (index, "", "")}
         return image | {"index": index, "report": report, "caption": caption,
                         **{k: v[index].astype(np.float32) for k, v in self.maps.items()}}
+
+
+def to_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Features (b, m, d) on a square, averaged as in `repa_loss` if `grid` = (h, w) is coarser
+    -> (b, h w, d). So they take a tenth of the disk; on a CPU, as MPS averages no odd areas."""
+    side = math.isqrt(features.shape[1])
+    if grid[0] >= side:
+        return features
+    features = features.unflatten(1, (side, side)).movedim(-1, 1)
+    return nn.functional.adaptive_avg_pool2d(features, grid).flatten(2).mT
 
 
 def digest(module: nn.Module | None) -> str:
@@ -908,11 +918,15 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
         require(o, out, k - 1, "--weights")
     data = open_data(o.data, "train", stage.pixels, "report" if k == 1 else "image")
     model = initial_model(o, out, data).to(procs.device)
+    if o.preset == "tiny" and model.config.width >= 512:
+        raise UserError(f"{o.weights or out} is too large for the rates of tiny: --preset unix")
     if o.data != "phantom":                         # a new model says "phantom"
         model.config.taught_on = "data"
     taught_latents = model.llm2vae.weight.any() and digest(model.vae)
     if o.vae:
         model.vae = load_vae(o.vae).to(procs.device)
+    if procs.device == "cpu":       # Windows replaces no file to which a tensor is mapped
+        model = copy.deepcopy(model)
     share(model, o.share_layers)
     if k == 1:
         data.size = model.config.vit_image
@@ -924,6 +938,7 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
                         "autoencoder; leave --vae out, or run stage 2 with it first")
     if k == 2:
         model.resize_projections()
+    o = replace(o, no_context=o.no_context or k == 3 and model.config.no_context)
     model.config.resolution, model.config.no_context = stage.pixels, o.no_context
     model.latent_rows(stage.pixels)                 # an error if tokens do not divide it
     teacher = model.vit if stage.repa_weight else None
@@ -953,8 +968,13 @@ def run(options: Options, procs: Processes | None = None):
     if o.train == "both" and procs.world > 1:
         raise UserError("--train both runs in one process: start it without torchrun")
     out = Path(o.out or f"runs/{Path(o.data).resolve().name}")
+    if o.weights and Path(o.weights).resolve() == out.resolve():
+        raise UserError("--weights is the folder that this run writes: leave it out, or give --out")
     trainer = set_up(o, stage, procs, out)
-    if trainer.resume():
+    finished = trainer.resume()
+    if len({*procs.gather(trainer.step)}) > 1:
+        raise UserError(f"processes resume at different steps: {out} must be one folder for all")
+    if finished:
         return print(f"stage {o.stage} in {out} is finished ({trainer.step} steps)")
     if not procs.rank and stage.trains != "vae":
         print(overview(trainer.model, o, stage, procs.world, trainer.bf16), flush=True)
@@ -1042,20 +1062,16 @@ def first_flow_loss(predict_x0: bool, stage: Stage) -> float:
     """Eq. 2 for a network that predicts 0, latents of variance 1 and the times of training."""
     x0, eps = torch.randn(2, 4096, 16, generator=torch.Generator().manual_seed(0))
     t = sample_time(4096, torch.Generator().manual_seed(0), stage.ours.time_shift)
-    nothing = torch.zeros_like(x0)
-    v = velocity_from_x0(nothing, path(x0, eps, t), t) if predict_x0 else nothing
+    v = velocity_from_x0(0, path(x0, eps, t), t) if predict_x0 else torch.zeros_like(x0)
     return velocity_loss(v, x0, eps).mean().item()
 
 
 def keep_freed_memory():
     """glibc gives large tensors back to the system at once and fetches them again at the next
     step; keeping them makes a training step on a CPU up to a quarter faster. Elsewhere: nothing."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError, TypeError):
-        return
-    for parameter in (-1, -3):      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-        mallopt(parameter, 1 << 30)
+    with suppress(OSError, AttributeError, TypeError):
+        for parameter in (-1, -3):      # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL(None).mallopt(parameter, 1 << 30)
 
 
 def main() -> tuple[int, str]:
@@ -1070,8 +1086,6 @@ def main() -> tuple[int, str]:
         return 2, f"{e.filename or 'a file'}: {e.strerror or e}"
     except torch.OutOfMemoryError:
         return 2, "the device has too little memory: try --accumulate or --checkpointing (--plan)"
-    finally:
-        kill_workers()                  # one that hangs would keep this process from ending
     return 0, ""
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ar import Connector, LanguageModel, RadDino, Tokenizer, ViT, decode, pick, report_loss
-from data import UserError, atomic
+from data import UserError, atomic, write_json
 from diffusion import (VAE, TimeEmbedder, path, position_ids, position_table, sample, to_latents,
                        to_tokens, to_uint8, velocity_loss, velocity_from_x0)
 
@@ -109,10 +109,6 @@ class UniX(nn.Module):
     def device(self) -> torch.device:
         return self.positions.device
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.lm.lm_head.weight.dtype
-
     def branch(self, name: str) -> dict[str, nn.Parameter]:
         """Parameters of a branch by name (Table 1); shared layers belong to understanding."""
         def where(key: str) -> str:
@@ -139,7 +135,8 @@ class UniX(nn.Module):
 
     # ---- sequences
     def ids(self, text: str) -> list[int]:
-        """Token ids of a text without markers. UserError: empty, too long (but if `cut_texts`)."""
+        """Token ids of a text without markers. UserError: empty, too long (but if `cut_texts`),
+        no or another tokenizer."""
         if self.tokenizer is None:
             raise UserError("the weights folder has no tokenizer.json; add one")
         if not text.strip():
@@ -170,7 +167,7 @@ class UniX(nn.Module):
     def embed_image(self, pixels: Tensor) -> Tensor:
         """ViT pixels (b, 3, H, W) -> image block [BOI features EOI] (b, m, d)."""
         begin, end = self.boi_eoi(len(pixels)).split(1, dim=1)
-        return torch.cat([begin, self.connector(self.vit(pixels.to(self.dtype))), end], dim=1)
+        return torch.cat([begin, self.connector(self.vit(pixels.to(begin.dtype))), end], dim=1)
 
     def read_captions(self, captions: list[list[int]]):
         """Token lists of captions -> the Context that the latents attend to."""
@@ -209,10 +206,11 @@ class UniX(nn.Module):
         """v_t of latent tokens x (b, n, c) at times t (b,), and the states after layer
         `repa_layer`. `position_ids` (n,) or (b, n): rows of the position table. `latent_mask`
         (b, n): False at padding."""
-        tokens = self.vae2llm(x.to(self.dtype)) + self.time_embedder(t)[:, None]
-        tokens = tokens + self.positions[position_ids].to(self.dtype)
-        out, repa_states = self.lm.tower.denoise(self.boi_eoi(len(x)), tokens, context, frozen,
-                                                 repa_layer, latent_mask)
+        boi_eoi = self.boi_eoi(len(x))
+        tokens = self.vae2llm(x.to(boi_eoi.dtype)) + self.time_embedder(t)[:, None]
+        tokens = tokens + self.positions[position_ids].to(boi_eoi.dtype)
+        out, repa_states = self.lm.tower.denoise(boi_eoi, tokens, context, frozen, repa_layer,
+                                                 latent_mask)
         out = self.llm2vae(out)
         return velocity_from_x0(out, x, t) if self.config.predict_x0 else out, repa_states
 
@@ -294,8 +292,7 @@ class UniX(nn.Module):
             save_vae(self.vae, folder / "vae", dtype)
         if self.tokenizer is not None:
             self.tokenizer.save(folder / "tokenizer.json")
-        with atomic(folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(config_json(self), indent=2))
+        write_json(folder / "config.json", [config_json(self)], indent=2)
         write_safetensors({released(k): v if k == "positions" else v.to(dtype or v.dtype)
                            for k, v in self.state_dict().items() if not k.startswith("vae.")},
                           folder / "model.safetensors")
@@ -326,7 +323,9 @@ class UniX(nn.Module):
 def use_bf16(precision: str, device: str | torch.device, model: nn.Module) -> bool:
     """Is it bf16? "auto": on CUDA or a CPU that has it, for an autoencoder or for layers at least
     512 wide; smaller ones are slower."""
-    fast = "cuda" in str(device) or str(device) == "cpu" and (
+    fast = "cuda" in str(device) and (          # a plan for another card, or one that has bf16
+        not torch.cuda.is_available() or torch.cuda.is_bf16_supported(including_emulation=False))
+    fast = fast or str(device) == "cpu" and (
         torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     wide = isinstance(model, VAE) or model.config.width >= 512
     return precision == "bf16" or precision == "auto" and fast and wide
@@ -444,8 +443,7 @@ def load_strict(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype
 def save_vae(vae: VAE, folder: Path, dtype: torch.dtype | None = None):
     """Writes an autoencoder, the scale and shift of its latents, and the groups of its norms."""
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / "config.json") as temporary:
-        temporary.write_text(json.dumps({k: getattr(vae, ours) for k, (ours, *_) in UNITS.items()}))
+    write_json(folder / "config.json", [{k: getattr(vae, ours) for k, (ours, *_) in UNITS.items()}])
     write_safetensors({k: v.to(dtype or v.dtype) for k, v in vae.state_dict().items()},
                       folder / "model.safetensors")
 

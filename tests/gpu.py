@@ -1,6 +1,6 @@
 """One command on one GPU: is the code right there, how fast is it, how much memory does it take?
 
-    python tests/gpu.py [--seconds 150] [--json gpu.json] [--only parity kernels ...]
+    python tests/gpu.py [--seconds 150] [--json gpu.json] [--only agrees kernels ...]
 
 Sections, one after the other; one that fails or finds no time is reported, and the others still
 run. The results are printed and written after each section. `unix` is the paper's size with random

@@ -1,5 +1,5 @@
-"""Recomputes every array of a golden folder (config.json, model.safetensors, VAE, expected.npz) and
-compares it with what the official code computed.
+"""Recomputes the arrays of a golden folder (config.json, model.safetensors, VAE, expected.npz) that
+this code has too, and compares them with what the official code computed.
 
     python tests/parity.py DIR [DIR ...]
 

@@ -48,7 +48,7 @@ def probe(x: torch.Tensor, left: torch.Tensor) -> float:
 
 
 def measure(model, count: int) -> list[float]:
-    """The share of right sides, layer by layer, of the first `count` captions with both sides."""
+    """The share of true sides, layer by layer, of the first `count` captions with both sides."""
     texts = (impression(phantom_scene("train", i)[2]) for i in itertools.count())
     both = (t for t in texts if {"left", "right"} <= {*re.findall(r"\w+", t.lower())})
     x, left = last_words(model, [*itertools.islice(both, count)])
@@ -64,7 +64,7 @@ def main():
     asked = ["generate", "x", *(["--weights", args.weights] if args.weights else [])]
     model = sample.open_model(sample.parse(asked))
     for layer, share in enumerate(measure(model, args.count), 1):
-        print(f"layer {layer}: the right side in {share:.1%}")
+        print(f"layer {layer}: the true side in {share:.1%}")
 
 
 if __name__ == "__main__":

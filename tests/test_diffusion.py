@@ -215,3 +215,15 @@ def test_a_new_autoencoder_starts_with_orthogonal_convolutions_and_empty_residua
     x = torch.randn(2, 64, 4, 4)
     for part in vae.encoder.mid.values():
         assert torch.equal(part(x), x)
+
+
+@pytest.mark.parametrize("shift", [0.14, 0.2, 0.4, 1.0, 3.0])
+def test_the_first_step_is_guided_at_any_shift(shift):
+    """Some shifts below 1 gave t = 1.0000001, where guidance up to t = 1 is off."""
+    seen = []
+    def velocity(x, t, guided):
+        seen.append(guided)
+        return (x, x) if guided else x
+    for t, _, _ in sample(velocity, torch.zeros(1, 2, 3), points=3, shift=shift):
+        assert t <= 1
+    assert seen[0]

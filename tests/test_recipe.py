@@ -144,10 +144,14 @@ def test_repa_has_its_weight_and_its_layer(read, folder, tmp_path, weight):
     trainer.model.flow_loss = spy
     sums = trainer.losses(batch, trainer.randomness(0))
     assert seen[0][0] == 1 and round(24 * train.REPA_DEPTH) == 8
-    features = batch["features"]                    # (4, 36, d): 6 x 6, onto the 4 x 4 latents
-    to = nn.functional.interpolate(features.transpose(1, 2).unflatten(2, (6, 6)), (4, 4), mode="area")
+    data = train.open_data(str(folder), "train", 64)        # its 6 x 6 patches, onto 4 x 4 latents
+    images = torch.stack([torch.from_numpy(data[i]["image"]) for i in batch["index"].tolist()])
+    with torch.no_grad():
+        features = trainer.model.vit.patches(images).transpose(1, 2).unflatten(2, (6, 6))
+    to = nn.functional.interpolate(features, (4, 4), mode="area").flatten(2).transpose(1, 2)
+    torch.testing.assert_close(batch["features"], to, atol=5e-3, rtol=1e-3)     # kept in fp16
     states = trainer.projector(seen[0][1])
-    want = -nn.functional.cosine_similarity(states, to.flatten(2).transpose(1, 2), dim=-1)
+    want = -nn.functional.cosine_similarity(states, batch["features"], dim=-1)
     torch.testing.assert_close(sums["repa"], want.mean(1).sum())
     logged = trainer.train_step(batch)
     assert math.isclose(logged["repa"], weight * want.mean().item(), rel_tol=1e-4)

@@ -243,6 +243,7 @@ def screen(function: ast.FunctionDef, name: str):
     def refuse(what: str):
         raise Refused(f"{name} {what}: a judged function may not")
     own = {a.arg for a in ast.walk(function) if isinstance(a, ast.arg)}
+    called = [a.func for a in ast.walk(function) if isinstance(a, ast.Call)]
     own |= {a.id for a in ast.walk(function)
             if isinstance(a, ast.Name) and isinstance(a.ctx, ast.Store)}
     for node in ast.walk(function):
@@ -259,7 +260,8 @@ def screen(function: ast.FunctionDef, name: str):
         if isinstance(node, ast.Name) and (node.id in NAMES or is_dunder(node.id)):
             refuse(f"uses {node.id}")
         if isinstance(node, ast.Attribute):
-            if node.attr in ATTRIBUTES or is_dunder(node.attr):
+            layers = node.attr == "modules" and node in called      # nn.Module's, not sys.modules
+            if node.attr in ATTRIBUTES and not layers or is_dunder(node.attr):
                 refuse(f"uses .{node.attr}")
             root = node
             while isinstance(root, (ast.Attribute, ast.Subscript)):

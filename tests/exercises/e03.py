@@ -16,7 +16,8 @@ TARGETS = ["diffusion.sample"]
 TEXT = """
 The network knows the velocity at each point and time. `sample` follows it from noise (t = 1) back
 to an image (t = 0) in small straight steps. It is a generator: after each step it yields
-`(t, v, x)`: the time **before** the step, the velocity that was used, `x` **after** the step.
+`(t, v, x)`: the time **before** the step (one number: a float, or a tensor without dimensions), the
+velocity that was used, `x` **after** the step.
 
 - **Times**: `points` numbers evenly from 1 to 0, `torch.linspace(1, 0, points)`, then shifted with
   `shift_time(times, shift)`. They make `points - 1` steps; the last one ends at 0.

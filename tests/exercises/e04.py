@@ -21,7 +21,7 @@ result starts at `uncond` and goes `scale` times the way to `cond`:
 So scale 0 is no caption, 1 is the caption as it is, 2 goes as far again beyond it. A `v` that grows
 too long burns an image: black and white, no gray. So the released code makes `v` shorter: it is
 multiplied by the factor `|cond| / |v|`, **clamped to [least, 1]**. It never grows. The lengths are
-Euclidean norms
+Euclidean norms:
 
 - `renorm="global"`: of a whole sample, over its tokens and channels, so one factor **a sample**;
 - `renorm="channel"`: of each token, over its channels, so one factor a token;
@@ -38,8 +38,8 @@ HINTS = (
     "\"global\" and over the last for \"channel\".",
 )
 SEES = ("One caption, \"Large right pleural effusion.\", at scales 1, 3, 8 and 20. The effusion "
-        "grows with the scale. At 20 the image burns: black and white without renorm (below), less "
-        "so with it (above).")
+        "grows with the scale. At 20 the image burns without renorm (below); with it (above) it stays "
+        "a chest.")
 
 
 def slow_guide(cond, uncond, scale, renorm="global", least=0.0):

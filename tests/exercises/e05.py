@@ -54,8 +54,9 @@ HINTS = (
     "`line[None].expand(side, -1, -1)` varies with the column, `line[:, None].expand(-1, side, "
     "-1)` with the row. Concatenate on the last axis, then flatten the first two.",
 )
-SEES = ("Left: how alike one place is to all others: brightest there, in a cross along its row and "
-        "its column. Right: the features of time, fast channels first.")
+SEES = ("Left: how alike two places are to all others: darkest at the place itself, and in a cross "
+        "along its row and its column. Middle: the table's rows that 4 x 4 tokens use with "
+        "`interpolate`. Right: the features of time, fast channels first.")
 
 
 def slow_time(t, dim=256):

@@ -50,8 +50,9 @@ HINTS = (
     "`und` (qkv and finish) under `with torch.set_grad_enabled(und_grad):`. The calls of `gen` and "
     "`attend` stay outside.",
 )
-SEES = ("The mask of [text, BOI, latents, EOI], measured by moving tokens: text is a triangle and "
-        "blind to the block, the block's rows are full.")
+SEES = ("The mask of [text, BOI, latents, EOI], the order of the sequence, measured by moving "
+        "tokens: text is a triangle and blind to the block, the block's rows are full. The block "
+        "has one position, so that BOI and EOI may be worked on together.")
 
 
 def slow_denoise(layer, boi_eoi, x, i, past=None, keep=None, freeze=False):

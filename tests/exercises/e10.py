@@ -47,8 +47,9 @@ HINTS = (
     "the padding? Check it at index 0 of a sample of length 0.",
     "An empty caption is a caption of length 0, all of whose keys are padding. Then `mask` does "
     "the rest, and `kv` may stay as it is.",
-    "`keep = ~rows`; `length * keep`, `next_id * keep`, ragged True. For with_empty: repeat all "
-    "four along the batch, `a.repeat(2, 1, 1, 1)`, then drop the second half.",
+    "`keep = ~rows`; `length * keep`, `next_id * keep`, ragged True. For with_empty: "
+    "`a.repeat(2, 1, 1, 1)` of every k and v, `length.repeat(2)`, `next_id.repeat(2)`; then drop "
+    "the second half.",
 )
 SEES = ("How the softmax of one latent is shared: with its caption, with the caption dropped (all "
         "weight to the block), and what zeroed keys would have taken.")

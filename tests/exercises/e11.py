@@ -17,8 +17,8 @@ MINUTES = 45
 DIFFICULTY = 3
 TARGETS = ["joint_attn.Tower.step", "ar.decode"]
 TEXT = """
-A report is written token by token. Reading everything again for each new token would cost n times
-as much; so keys and values of what was read are kept, and a step computes one token a sample.
+A report is written token by token. For a report of 60 tokens, reading everything again for each of
+them would cost about 60 times as much; so keys and values of what was read are kept, and a step computes one token a sample.
 
 `Tower.step(self, x, ids, cache, at, end, ragged)` reads one more token of each of b samples: `x`
 `(b, d)` its embedding, `ids` `(b,)` its RoPE ids. `cache` has for every layer a pair of tensors,

@@ -31,11 +31,12 @@ does both (`mode="area"`, `mode="bilinear"` with centres on centres, its default
 as they are; only the cosine normalises. Features are fp32; states may be bf16, so take the cosine
 in fp32. The teacher is frozen, so its features carry no gradient to detach.
 
-The released code has two faults here. It stretches the list of features from 256 to 1369 entries
-along the raster line, so that states are compared with features of other rows. And it divides by
+The released code has two faults here. It stretches the list of states from 256 to 1369 entries (the
+teacher has 37 x 37 patches) along the raster line, so that states are compared with features of
+other rows. And it divides by
 the batch twice, so that the weight depends on the batch size.
 
-Worked example: the teacher sees 4 x 4 patches, the grid is 2 x 2. State 1 (above right) is compared
+Worked example: the teacher sees 4 x 4 patches, the grid is 2 x 2. State 1 (top right; counted from 0) is compared
 with the mean of patches 2, 3, 6 and 7. Along the raster line it would have been 4, 5, 6, 7.
 """
 HINTS = (
@@ -45,8 +46,8 @@ HINTS = (
     "rearrange to `b d h w`, `F.interpolate(features, grid, mode=...)`, rearrange to `b (h w) d`, "
     "then `-F.cosine_similarity(states.float(), features, dim=-1).mean(1)`.",
 )
-SEES = ("A map of the cosine over the image. It is bright where features agree, and the pattern is "
-        "an image; along the raster line it would be stripes.")
+SEES = ("The cosine of one token's state with every place: red where features agree, blue where they "
+        "are opposite. The pattern is that of the image; along the raster line it would be stripes.")
 
 
 def slow_repa_loss(states, features, grid):

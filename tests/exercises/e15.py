@@ -60,10 +60,11 @@ is in `random`: `z`, `eps` `(b, c, h, w)`, `time` `(b,)`, and the flags `short` 
    Empty `self.by_time`.
 3. The rows 0 to b - 1 are cut into `self.options.accumulate` parts, as `torch.chunk` cuts. For each
    part: losses = `self.losses(...)` of `pick_rows(batch, rows)` and `pick_rows(random, rows)`
-   (b is the length of `random["time"]`), under `torch.autocast(device type, torch.bfloat16,
-   enabled=self.bf16)`; then the backward pass of the sum of weight times loss. The gradients of the
+   (b is the length of `random["time"]`), under
+   `torch.autocast(self.device.split(":")[0], torch.bfloat16, enabled=self.bf16)` (`self.device` is
+   a string such as "cuda:0"); then the backward pass of the sum of weight times loss. The gradients of the
    parts add up, so the result is that of the whole batch, with less memory.
-4. `self.procs.sum_gradients(parameters)` adds gradients over processes. Then clip the gradient's
+4. `self.procs.sum_gradients(self.trainable.values())` adds gradients over processes. Then clip the gradient's
    norm over **all** trained parameters that have a gradient to 1.0 (Table 1), and keep the norm
    from before clipping for the log. `self.trainable` is the dict of trained parameters.
 5. What the log shows: for each loss, weight times loss, summed over the parts and (by
@@ -86,9 +87,10 @@ HINTS = (
     "`torch.arange(b).chunk(accumulate)`; everything else after it. `average.lerp_(weight, 1 - "
     "decay)`.",
 )
-SEES = ("The loss by tenth of t: high near the image, low near noise, and falling everywhere. Eight "
-        "chests that one recognises; large effusions are there, their side not always the right "
-        "one yet.")
+SEES = ("From show.py: the flow and REPA losses of a small model on four images, both falling. From "
+        "capstone.py: loss.png, the loss by tenth of t, high near the image, low near noise, and "
+        "falling everywhere; eight.png, chests that one recognises; large effusions are there, "
+        "their side not always the true one yet.")
 
 
 # ---------------------------------------------------------------- flow_loss

@@ -63,13 +63,16 @@ Rules of the game:
   add elsewhere in a file is not taken along: define helpers inside the function. What a file
   imports at its top is there. Inside, you may also import
   {modules}.
+- Refused are other imports, `open`, `eval`, `exec`, `vars`, `setattr`, names with two underscores,
+  a class or `global` inside, and assignments to what is not the function's own (`torch.x = ...`).
 - Write each function for any shapes its docstring allows. Loops are fine, and so are other
   ways than the ones in the hints; small differences of rounding do not matter.
 - Do not change what you are given (an argument, in place), unless the docstring asks for it.
 - Your teacher grades with other random numbers than the tests in this folder.
 
 Letters in shapes: b batch, l tokens, n latent tokens, c channels, d width, h heads, k head width,
-g key/value heads. `Tensor` is torch.Tensor. *Lines* says how long the real function's body is,
+g key/value heads, v vocabulary, m patches of an encoder; in `(b, c, h, w)` and in a grid, h and w
+are rows and columns. `Tensor` is torch.Tensor. *Lines* says how long the real function's body is,
 without docstring and comments: a size to expect, not a limit.
 """
 

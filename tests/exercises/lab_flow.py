@@ -6,7 +6,7 @@ INTRO = """Lab 1. Flow: from noise to an image
 
 Five exercises on `diffusion.py`: the path from image to noise, the times at which a network is
 trained, the walk back, guidance, and what a latent token knows of its place and time. None needs a
-trained network. Convention: **t = 0 is the image, t = 1 is noise**, and the velocity points from
+trained network (the picture of exercise 4 uses the shipped one). Convention: **t = 0 is the image, t = 1 is noise**, and the velocity points from
 the image to the noise. So the sampler walks against it.
 """
 

@@ -11,7 +11,8 @@ INTRO = """Lab 3. Training: two branches, three stages
 Six exercises. Two on the reader: how it writes with a cache, and the loss that teaches it. Two on
 what stage 2 needs: a copied tower, a frozen reader, and REPA. The capstone puts a whole training
 step together and trains with it: **eight chests in two minutes**. The last exercise measures how
-far they are from true ones. Then the bug zoo: ten ill runs, and you say what each has.
+far they are from true ones. Then your teacher may hand out the bug zoo: ten runs with one
+bug each, and you say which.
 """
 
 
