@@ -393,7 +393,7 @@ class Tokenizer:
     def load(cls, path: Path) -> "Tokenizer":
         """Read a tokenizer.json. Raises UserError if it is missing, broken or not supported."""
         try:
-            return cls(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls(json.loads(Path(path).read_text("utf-8-sig")))
         except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError,
                 re.error) as e:
             raise UserError(f"cannot use the tokenizer {path}: {type(e).__name__} {e}") from e

@@ -23,6 +23,7 @@ import re
 import signal
 import sys
 import textwrap
+import time
 import tomllib
 import warnings
 import zlib
@@ -38,6 +39,7 @@ CLASSES = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opa
            "Lung Lesion", "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax",
            "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices")
 ASSETS = Path(__file__).resolve().parent / "assets"
+WINDOWS = os.name == "nt"  # it replaces no file that is mapped, or open in another program
 
 
 class UserError(Exception):
@@ -54,6 +56,11 @@ def atomic(path):
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        for wait in (.1, .3, 1, 2) if WINDOWS else ():  # a scanner or a viewer has it open
+            with contextlib.suppress(PermissionError):
+                os.replace(temporary, path)
+                return
+            time.sleep(wait)
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror or error})") from None
@@ -507,7 +514,7 @@ def load_chunks(dataset, chunks, workers, ahead):
         atexit.register(kill_workers)
         for k in itertools.count():
             _, pipe = crew[k % workers]
-            patience = PATIENCE if k >= workers else 4 * PATIENCE  # they have to import first
+            patience = PATIENCE if k >= workers else 8 * PATIENCE  # they have to import first
             try:
                 for rows in itertools.islice(chunks, k + workers * ahead - sent):
                     crew[sent % workers][1].send(rows)

@@ -334,7 +334,7 @@ def report(args):
 def generate(args):
     """Writes the image of each text: one PNG, a sheet, or files in a folder."""
     out, count = Path(args.out), args.best_of or 1
-    folder = out.is_dir() or args.out.endswith("/")
+    folder = out.is_dir() or args.out.endswith(("/", os.sep))
     if folder:
         out.mkdir(parents=True, exist_ok=True)
     if not os.access(out if folder else out.parent, os.W_OK):
@@ -682,6 +682,10 @@ def run(args) -> tuple[int, str]:
         return 130, "stopped; an evaluation resumes when run again"
     except (UserError, OSError) as e:
         return 2, " ".join(str(e).split())
+    except RuntimeError as e:
+        if "memory" not in str(e):
+            raise
+        return 2, "the device has too little memory: try a smaller --size, or --device cpu"
     return 0, ""
 
 

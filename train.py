@@ -108,6 +108,7 @@ class Options:
                          stages=(2, 3))
     share_layers: int = option(0, "first layers that the branches share", 0, stages=(1, 2))
     no_context: bool = option(False, "cut the joint attention: latents see no text", stages=(2, 3))
+    device: str = option("auto", "auto: a GPU if there is one", choices=("auto", "cpu"))
     precision: str = option("auto", "auto: bf16 where it is fast", choices=("auto", "fp32", "bf16"))
     checkpointing: bool = option(False, "less memory, more time", stages=(1, 2, 3))
     workers: int = option(0, "processes that load images", 0, 256)
@@ -459,10 +460,11 @@ class Trainer:
     def settings(self) -> dict:
         """What must not change between the starts of a stage."""
         o, s = self.options, self.stage
-        names = "data preset accumulate train mix share_layers no_context seed repa_teacher"
+        names = "preset accumulate train mix share_layers no_context seed repa_teacher"
         return {k: getattr(o, k) for k in names.split()} | {
             "steps": s.steps, "batch": s.batch, "lr": s.lr, "repa_weight": s.repa_weight,
-            "vae": digest(self.vae) if s.trains == "generation" else None, "weights": self.weights}
+            "data": Path(o.data).as_posix(), "weights": self.weights,
+            "vae": digest(self.vae) if s.trains == "generation" else None}
 
     def save_checkpoint(self):
         """First all that resuming needs, in one file, then the weights folder. Each file is whole
@@ -834,10 +836,11 @@ def digest(module: nn.Module | None) -> str:
 class Processes:
     """One process, or those that torchrun started. Raises UserError when another one has ended."""
 
-    def __init__(self):
+    def __init__(self, device="auto"):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = "mps" if torch.backends.mps.is_available() and self.world == 1 else "cpu"
-        if torch.cuda.is_available():
+        mps = device == "auto" and self.world == 1 and torch.backends.mps.is_available()
+        self.device = "mps" if mps else "cpu"
+        if device == "auto" and torch.cuda.is_available():
             self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(self.device)
         if self.world > 1:
@@ -925,8 +928,6 @@ def set_up(options: Options, stage: Stage, procs: Processes, out: Path) -> Train
     taught_latents = model.llm2vae.weight.any() and digest(model.vae)
     if o.vae:
         model.vae = load_vae(o.vae).to(procs.device)
-    if procs.device == "cpu":       # Windows replaces no file to which a tensor is mapped
-        model = copy.deepcopy(model)
     share(model, o.share_layers)
     if k == 1:
         data.size = model.config.vit_image
@@ -964,7 +965,7 @@ def run(options: Options, procs: Processes | None = None):
         raise UserError(f"--accumulate {o.accumulate}: a batch has only {stage.batch} images")
     if o.plan:
         return plan(o, stage)
-    procs = procs or Processes()
+    procs = procs or Processes(o.device)
     if o.train == "both" and procs.world > 1:
         raise UserError("--train both runs in one process: start it without torchrun")
     out = Path(o.out or f"runs/{Path(o.data).resolve().name}")
@@ -1017,7 +1018,10 @@ def plan(options: Options, stage: Stage):
     with torch.device("meta"):
         model = UniX(PRESETS[options.preset])
         model.vae = VAE(**PRESETS[options.preset].vae)
-    world, gpu = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    gpu = options.device == "auto" and torch.cuda.is_available()
+    if not (options.memory or gpu or hasattr(os, "sysconf")):
+        raise UserError("this system does not say its memory: give --memory GIB")
     taught = model if options.stage else model.vae
     bf16 = use_bf16(options.precision, "cuda" if gpu or options.memory else "cpu", taught)
     room = options.memory or (torch.cuda.mem_get_info()[1] if gpu else
@@ -1084,7 +1088,9 @@ def main() -> tuple[int, str]:
         return 130, "stopped before the first step"
     except OSError as e:
         return 2, f"{e.filename or 'a file'}: {e.strerror or e}"
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:           # not all devices raise torch.OutOfMemoryError
+        if "memory" not in str(e):
+            raise
         return 2, "the device has too little memory: try --accumulate or --checkpointing (--plan)"
     return 0, ""
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ar import Connector, LanguageModel, RadDino, Tokenizer, ViT, decode, pick, report_loss
-from data import UserError, atomic, write_json
+from data import WINDOWS, UserError, atomic, write_json
 from diffusion import (VAE, TimeEmbedder, path, position_ids, position_table, sample, to_latents,
                        to_tokens, to_uint8, velocity_loss, velocity_from_x0)
 
@@ -488,7 +488,7 @@ class JsonFile:
         self.file, self.found = file, {}
         try:
             if not optional or file.exists():
-                self.found = json.loads(file.read_text(encoding="utf-8"))
+                self.found = json.loads(file.read_text("utf-8-sig"))
             if not isinstance(self.found, dict):
                 raise ValueError("not a JSON object")
         except (OSError, ValueError, RecursionError) as e:
@@ -567,11 +567,12 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file, memory-mapped: 8 bytes length, JSON header, raw bytes.
-    Raises UserError when it is missing or cut short, or its tensors overlap or lie outside."""
+    """Tensors of a .safetensors file, mapped (but on Windows): 8 bytes length, JSON header, raw
+    bytes. Raises UserError when it is missing or cut, or its tensors overlap or lie outside."""
     try:
         size = Path(path).stat().st_size
-        raw = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        raw = (torch.frombuffer(bytearray(Path(path).read_bytes()), dtype=torch.uint8) if WINDOWS
+               else torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8))
         start = 8 + int.from_bytes(bytes(raw[:8].tolist()), "little")
         header = json.loads(bytes(raw[8:start].numpy()))
         header.pop("__metadata__", None)

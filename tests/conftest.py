@@ -18,6 +18,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from unix import Config, UniX  # noqa: E402
 
+torch.backends.mps.is_available = lambda: False     # what is compared bit for bit needs the CPU
+unix_only = pytest.mark.skipif(sys.platform == "win32", reason="signals that Windows lacks")
 signal.signal(signal.SIGINT, signal.default_int_handler)    # `pytest &` ignores it, as children do
 
 

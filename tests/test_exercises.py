@@ -97,17 +97,17 @@ def only_9(tmp_path_factory):
 
 def test_a_handout_is_blank_where_it_should_be_and_hides_the_answers(only_9):
     assert 'raise NotImplementedError("exercise 9: Eq. 3-5, about ' in (
-        only_9 / "joint_attn.py").read_text()
+        only_9 / "joint_attn.py").read_text("utf-8")
     for name in set(course.FILES) - {"joint_attn"}:
-        assert (only_9 / f"{name}.py").read_text() == CLEAN[name]
+        assert (only_9 / f"{name}.py").read_text("utf-8") == CLEAN[name]
     for n in ALL:
-        text = (only_9 / "tests" / "exercises" / f"e{n:02d}.py").read_text()
+        text = (only_9 / "tests" / "exercises" / f"e{n:02d}.py").read_text("utf-8")
         assert not re.search(r"^(RIGHT|WRONG|PLAIN)\b", text, re.M)
         assert "def check_" in text and "TEXT = " in text
     for helper in ("lab_flow", "lab_towers", "oracles", "predict", "show"):
         assert (only_9 / "tests" / "exercises" / f"{helper}.py").exists()
     assert not (only_9 / "tests" / "exercises" / "grade.py").exists()
-    sheet = (only_9 / "EXERCISES.md").read_text()
+    sheet = (only_9 / "EXERCISES.md").read_text("utf-8")
     for n, m in ALL.items():
         assert f"### Exercise {n}. {m.TITLE}" in sheet and f"test_exercise_{n:02d}.py" in sheet
     assert sheet.count("<details>") == 3 * len(ALL)
@@ -151,7 +151,7 @@ def test_a_hostile_handin_costs_only_its_own_exercises(tmp_path, monkeypatch):
         file, name = course.split_target(target)
         sources[file] = course.replace(sources[file], name, HOSTILE[target][0])
     for name, text in sources.items():
-        (tmp_path / f"{name}.py").write_text(text)
+        (tmp_path / f"{name}.py").write_text(text, "utf-8")
     (tmp_path / "tests" / "exercises").mkdir(parents=True)
     for name in ("course", "oracles", "e07", "judge"):
         (tmp_path / "tests" / "exercises" / f"{name}.py").write_text("raise SystemExit(0)")

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import gpu
-from conftest import ROOT
+from conftest import ROOT, unix_only
 
+pytestmark = unix_only
 NAMES = [section.__name__ for section, _ in gpu.SECTIONS]
 
 

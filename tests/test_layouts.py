@@ -16,7 +16,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+import data as data_module
 from ar import vit_pixels
+from conftest import unix_only
 from data import (UserError, batches, clean_folder, label_report, load_chunks, open_data, phantom,
                   phantom_scene, read_data, read_image, sheet, square)
 from diffusion import vae_pixels
@@ -818,8 +820,9 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("method, sent, code, said", [
-    ("fork", signal.SIGKILL, 2, "a loader process was killed"),
-    ("fork", signal.SIGSTOP, 2, "gave nothing for 3 s"), ("spawn", signal.SIGINT, 130, "")])
+    ("fork", "SIGKILL", 2, "a loader process was killed"),
+    ("fork", "SIGSTOP", 2, "gave nothing for 3 s"), ("spawn", "SIGINT", 130, "")])
+@unix_only
 def test_a_loader_process_that_dies_or_hangs_ends_the_run(tmp_path, method, sent, code, said):
     """The run used to hang for ever, and Ctrl-C to end in a traceback of a spawned process."""
     (tmp_path / "run.py").write_text(LOADER)
@@ -828,10 +831,10 @@ def test_a_loader_process_that_dies_or_hangs_ends_the_run(tmp_path, method, sent
                           stderr=subprocess.PIPE, start_new_session=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)}) as run:
         word, *pids = run.stdout.readline().split()
-        if sent == signal.SIGINT:
-            os.killpg(run.pid, sent)
+        if sent == "SIGINT":
+            os.killpg(run.pid, signal.SIGINT)
         else:
-            os.kill(int(pids[0]), sent)
+            os.kill(int(pids[0]), getattr(signal, sent))
         start = time.monotonic()
         error = run.communicate(timeout=30)[1]
     assert word == "started" and len(pids) == 2 and time.monotonic() - start < 20
@@ -842,6 +845,7 @@ def test_a_loader_process_that_dies_or_hangs_ends_the_run(tmp_path, method, sent
             os.kill(pid, 0)
 
 
+@unix_only
 def test_slow_images_are_no_stall(tmp_path):
     """Longer than PATIENCE, 3 s, for a batch, shorter for its parts."""
     (tmp_path / "run.py").write_text(LOADER.replace("if k == 0:", "if k == 1: sys.exit(7)\n"
@@ -858,6 +862,7 @@ def test_a_finite_list_of_chunks_ends(data, workers):
     assert found == [0, 1, 2, 3, 4] and not list(load_chunks(data, [], workers, 2))
 
 
+@unix_only
 def test_loader_processes_end_with_a_killed_program(tmp_path):
     (tmp_path / "run.py").write_text(LOADER)
     with subprocess.Popen([sys.executable, "run.py", "fork", "x", ".05"], cwd=tmp_path, text=True,
@@ -971,3 +976,24 @@ def test_sheet(tmp_path):
     assert (page[320:, 216:] < 128).any() and (page[-8:] == 255).all()
     with pytest.raises(UserError, match="cannot be written"):
         sheet(images, captions, 2, tmp_path / "gone/s.png")
+
+
+def test_on_windows_a_file_that_another_program_has_open(tmp_path, monkeypatch):
+    """A scanner or a viewer lets go after a moment; until then os.replace is refused."""
+    real, asked = os.replace, []
+
+    def replace(a, b):
+        asked.append(b)
+        if len(asked) < 3:
+            raise PermissionError(13, "in use")
+        real(a, b)
+    monkeypatch.setattr(os, "replace", replace)
+    monkeypatch.setattr(data_module, "WINDOWS", True)
+    with data_module.atomic(tmp_path / "a.txt") as temporary:
+        temporary.write_text("whole")
+    assert (tmp_path / "a.txt").read_text() == "whole" and len(asked) == 3
+    assert [*tmp_path.iterdir()] == [tmp_path / "a.txt"]
+    monkeypatch.setattr(data_module, "WINDOWS", False)
+    asked.clear()
+    with pytest.raises(UserError, match="in use"), data_module.atomic(tmp_path / "a.txt") as temporary:
+        temporary.write_text("other")

@@ -19,7 +19,7 @@ import joint_attn
 import sample
 import side_probe
 from ar import Tokenizer, vit_pixels
-from conftest import ROOT, small_config
+from conftest import ROOT, small_config, unix_only
 from data import UserError, impression, phantom, phantom_scene
 from diffusion import VAE
 from phantoms import write_phantoms
@@ -146,6 +146,7 @@ def test_the_program_ends_with_2_and_one_line(tmp_path, line, said):
     assert done.stderr.count("\n") == 1 and said in done.stderr
 
 
+@unix_only
 def test_control_c_is_one_line(weights, tmp_path):
     with subprocess.Popen([sys.executable, str(ROOT / "sample.py"), "evaluate", "--weights",
                            str(weights), "--out", str(tmp_path / "e"), "--samples", "5000"],

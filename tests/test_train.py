@@ -16,9 +16,11 @@ import torch
 from PIL import Image
 from torch import nn
 
+import sample
 import train
+import unix
 from ar import Tokenizer
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, unix_only
 from data import UserError, phantom
 from diffusion import VAE, repa_loss, sample_time, vae_pixels
 from phantoms import write_phantoms
@@ -246,6 +248,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
         trainer.train_step(next(trainer.stream()))
 
 
+@unix_only
 def test_interrupting_saves_and_the_command_resumes(folder, tmp_path):
     """SIGINT to a real process: exit code 130, a checkpoint, no traceback; then it resumes."""
     command = [sys.executable, str(ROOT / "train.py"), "--stage", "1", "--data", str(folder), "--out",
@@ -758,14 +761,45 @@ def test_an_empty_cache_of_latents_is_made_again(trained, folder, tmp_path):
         (tmp_path / "latents-64.moments.npy").write_bytes(b"")
 
 
-def test_training_keeps_no_file_mapped(trained, folder, tmp_path):
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux lists what is mapped")
+def test_on_windows_no_weights_are_mapped(trained, folder, tmp_path, monkeypatch):
     """Windows replaces no file that is mapped, so that no checkpoint could be written there."""
-    trainer = begun(folder, tmp_path / "run", 1, 0, trained[0])
-    if not sys.platform.startswith("linux"):
-        pytest.skip("only Linux lists what is mapped")
-    gc.collect()
+    shutil.copytree(trained[0], tmp_path / "run")
+    monkeypatch.setattr(unix, "WINDOWS", True)
+    model = UniX.load(tmp_path / "run")
     with open("/proc/self/maps") as file:
-        assert trainer.model and str(tmp_path) not in file.read()
+        assert str(tmp_path) not in file.read()
+    for name, p in UniX.load(trained[0]).named_parameters():
+        assert torch.equal(p, dict(model.named_parameters())[name])
+
+
+def test_a_plan_where_the_system_does_not_say_its_memory(monkeypatch):
+    monkeypatch.delattr(train.os, "sysconf")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="give --memory GIB"):
+        train.run(Options(stage=1, plan=True))
+    train.run(Options(stage=1, plan=True, memory=4.0))
+
+
+def test_the_cpu_can_be_asked_for(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert Processes().device == "mps" and Processes("cpu").device == "cpu"
+
+
+def test_a_slash_at_the_end_of_a_folder_changes_nothing(folder, tmp_path):
+    begun(f"{folder}/", tmp_path / "run", 1, 1, None)
+    train.run(options(folder, tmp_path / "run", 1, steps=4))
+
+
+def test_too_little_memory_is_one_line(monkeypatch):
+    """MPS and CPUs raise a plain RuntimeError."""
+    def fails(options):
+        raise RuntimeError("MPS backend out of memory")
+    monkeypatch.setattr(train, "run", fails)
+    assert train.main()[0] == 2 and "--accumulate" in train.main()[1]
+    monkeypatch.setitem(sample.COMMANDS, "report", fails)
+    code, said = sample.run(sample.parse(["report", "a.png"]))
+    assert code == 2 and "too little memory" in said
 
 
 def test_processes_that_see_different_checkpoints(trained, folder, tmp_path, monkeypatch):

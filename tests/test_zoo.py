@@ -1,7 +1,6 @@
 """The bug zoo: every patch applies, and the test named for it goes red under it."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -39,7 +38,7 @@ def copy(folder: Path, sources: dict[str, str]) -> str:
     """A copy of the project with other sources of the seven files."""
     (folder / "tests").mkdir(parents=True)
     for name, text in sources.items():
-        (folder / f"{name}.py").write_text(text)
+        (folder / f"{name}.py").write_text(text, "utf-8")
     for file in (ROOT / "tests").glob("*.py"):
         shutil.copy(file, folder / "tests")
     for name in ("assets", "tests/golden"):
@@ -69,7 +68,7 @@ def test_there_are_ten_and_a_seed_shuffles_them():
     assert all(name in zoo.answers(1) for name in names)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="one process with the packages, then forks")
+@pytest.mark.skipif(sys.platform != "linux", reason="one process with the packages, then forks")
 def test_the_test_named_for_a_patch_goes_red(tmp_path):
     """That it is green without the patch, the test itself says where it stands."""
     named = [p for p in ILL if p.test.startswith("test_")]
@@ -97,4 +96,4 @@ def test_a_flag_that_makes_ill_is_legal():
     for p in found:
         assert course.load(CLEAN).train.Options(stage=p.stage, **p.flags).problem() == ""
         file, name = p.test.split("::")
-        assert f"def {name}(" in (ROOT / "tests" / file).read_text()
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text("utf-8")

@@ -10,6 +10,7 @@ files or tests have no effect. Each runs in its own process, with limits of time
 """
 
 import argparse
+import contextlib
 import json
 import os
 import queue
@@ -29,7 +30,7 @@ SECONDS = 20        # of processor time for one exercise, after the imports
 WALL = 120          # seconds of wall clock for one exercise, in which other programs may run
 MEMORY = 3 << 30    # bytes that an answer may use beyond what torch takes
 SEED = 20_260       # the public tests have other seeds
-SIGXCPU, SIGKILL = getattr(signal, "SIGXCPU", -1), getattr(signal, "SIGKILL", -1)
+SIGXCPU, SIGKILL = getattr(signal, "SIGXCPU", 99), getattr(signal, "SIGKILL", -1)
 
 
 class Judge:
@@ -56,16 +57,19 @@ class Judge:
         except (OSError, ValueError):
             said = {}
         timer.cancel()
+        ended = None
         if not said or sys.platform != "linux":
             self.stop()
-            self.process = None
-        return said, late.is_set() or said.get("signal") in (SIGXCPU, SIGKILL)
+            ended, self.process = self.process.returncode, None
+        return said, (late.is_set() or said.get("signal") in (SIGXCPU, SIGKILL)
+                      or not said and ended == -SIGXCPU)    # macOS: judge.py itself was ended
 
     def stop(self):
         """Ends the process and its children."""
         if self.process:
             if hasattr(os, "killpg") and self.process.poll() is None:
-                os.killpg(self.process.pid, SIGKILL)
+                with contextlib.suppress(OSError):
+                    os.killpg(self.process.pid, SIGKILL)
             self.process.kill()
             self.process.wait()
 
@@ -138,6 +142,7 @@ def main():
     parser.add_argument("--seed", type=int, default=SEED, help=f"of the checks ({SEED})")
     parser.add_argument("--jobs", type=int, help="processes at a time (default: one a core)")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")       # a name that a console cannot print
     folders, all_found = handins(args.handin), {}
     judges = [Judge() for _ in range(args.jobs or os.cpu_count() or 1)]
     for folder in folders:

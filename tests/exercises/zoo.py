@@ -13,6 +13,7 @@ stage 2 are. Metrics are taken by healthy code: findings are read by the shipped
 import argparse
 import contextlib
 import csv
+import gc
 import io
 import json
 import random
@@ -161,6 +162,7 @@ def train_one(lib, stage: int, steps: int, flags: dict, weights: Path, out: Path
     nowhere = io.StringIO()                             # for sizes and progress
     with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
         lib.train.run(options)
+    gc.collect()                                        # Windows moves no file that is open
 
 
 def use(lib, out: Path, scans, captions: list[str]) -> dict:
