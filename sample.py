@@ -683,7 +683,7 @@ def run(args) -> tuple[int, str]:
     except (UserError, OSError) as e:
         return 2, " ".join(str(e).split())
     except RuntimeError as e:
-        if "memory" not in str(e):
+        if not re.search("(out of|allocate|enough) memory", str(e)):
             raise
         return 2, "the device has too little memory: try a smaller --size, or --device cpu"
     return 0, ""

@@ -1089,7 +1089,7 @@ def main() -> tuple[int, str]:
     except OSError as e:
         return 2, f"{e.filename or 'a file'}: {e.strerror or e}"
     except RuntimeError as e:           # not all devices raise torch.OutOfMemoryError
-        if "memory" not in str(e):
+        if not any(f"{how} memory" in str(e) for how in ("out of", "allocate", "enough")):
             raise
         return 2, "the device has too little memory: try --accumulate or --checkpointing (--plan)"
     return 0, ""
