@@ -814,7 +814,7 @@ class LatentCache(Dataset):
 
 def to_grid(features: Tensor, grid: tuple[int, int]) -> Tensor:
     """Features (b, m, d) on a square, averaged as in `repa_loss` if `grid` = (h, w) is coarser
-    -> (b, h w, d). So they take a tenth of the disk; on a CPU, as MPS averages no odd areas."""
+    -> (b, h w, d): a fifth of the disk for RAD-DINO. On a CPU, as MPS averages no odd areas."""
     side = math.isqrt(features.shape[1])
     if grid[0] >= side:
         return features
