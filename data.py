@@ -374,7 +374,7 @@ class Dataset:
 
     def __init__(self, root, layout, split, items, size, dropped):
         self.root, self.layout, self.split, self.items, self.size = root, layout, split, items, size
-        self.dropped, self.seen, self.unreadable = dropped, set(), 0
+        self.dropped, self.seen, self.unreadable, self.of = dropped, set(), 0, 0
 
     def __len__(self):
         return len(self.items)
@@ -447,8 +447,9 @@ class Dataset:
 
     def account(self, samples, of=400):
         """Count what is new in the samples' notes. UserError if over 5% is broken: of all that were
-        seen, or of `of`. Samples in order give len(self), as broken images often lie together; at
-        random, 400, as a few early ones must not stop a good run."""
+        seen, or of the largest `of` yet. Samples in order give len(self), as broken images often
+        lie together; at random, 400, as a few early ones must not stop a good run."""
+        self.of = max(self.of, of)
         for i, path, wrong in (sample["notes"] for sample in samples):
             if wrong and i not in self.seen:
                 if wrong not in self.dropped:
@@ -456,7 +457,7 @@ class Dataset:
                 self.dropped.add(wrong, path)
                 self.unreadable += wrong == UNREADABLE
             self.seen.add(i)
-        enough = max(len(self.seen), min(len(self), of))
+        enough = max(len(self.seen), min(len(self), self.of))
         if len(self.seen) >= 20 and self.unreadable > .05 * enough:
             raise UserError(f"too much of {self.root} is broken; fix or remove it: "
                             + "; ".join(self.dropped.lines()))

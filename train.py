@@ -189,6 +189,8 @@ class Trainer:
         self.by_time, self.both = [], options.train == "both"   # (times, flow losses); Table 5
         out.mkdir(parents=True, exist_ok=True)
         self.vae, self.captions, self.projector = model, None, None
+        if stage.trains == "vae":       # the images by which its latents are measured
+            self.first = first_images(data[0], 128, self.device)[1]
         self.weights = digest(model) if options.weights else None   # what it starts from
         if options.stage == 2 and not self.file.exists():
             model.copy_tower()
@@ -391,8 +393,8 @@ class Trainer:
         except (UserError, OSError) as e:
             if self.step > self.saved_step:
                 self.save_checkpoint()
-            raise UserError(f"{e}; step {self.saved_step} is saved: the same command resumes"
-                            ) from None
+            kept = f"step {self.saved_step} is saved: the same command resumes"
+            raise UserError(f"{e}; {kept if self.saved_step else 'nothing is saved yet'}") from None
         finally:
             for kind, handler in before.items():
                 signal.signal(kind, handler)
@@ -494,10 +496,9 @@ class Trainer:
         """Writes the weights folder. Stage 0 first sets the mean and scale of its latents."""
         if self.stage.trains != "vae":
             return self.averaged.save(self.out)
-        _, images = first_images(self.data[0], 128, self.device)
         vae = self.averaged
-        mean, logvar = torch.cat([vae.moments(vae_pixels(some)) for some in images.split(8)]
-                                 ).chunk(2, dim=1)
+        moments = torch.cat([vae.moments(vae_pixels(some)) for some in self.first.split(8)])
+        mean, logvar = moments.chunk(2, dim=1)
         vae.latent_mean = float(mean.mean())
         vae.scale = float((mean.var() + logvar.clamp(-30, 20).exp().mean()).rsqrt())
         save_vae(vae, self.out / "vae")
@@ -808,6 +809,9 @@ class LatentCache(Dataset):
         self.maps or self.open_maps()
         report, caption = self.texts[index]
         image = self.images.fetch(index) if self.images else {"notes": (index, "", "")}
+        if image.get("report", report) != report:       # another replaces it than did, or none
+            raise UserError(f"image {index} of {self.root} broke or was repaired since its latents "
+                            f"were made: restore it, or delete {self.stem}.* and this stage's .pt")
         return image | {"index": index, "report": report, "caption": caption,
                         **{k: v[index].astype(np.float32) for k, v in self.maps.items()}}
 

@@ -699,6 +699,13 @@ def test_broken_images_that_lie_together(tmp_path):
     for _ in range(10):
         next(steps)
     assert counts(in_order) == counts(at_random) == {"images unreadable, skipped": 15}
+    both = open_data(str(root), "train", 16)                # stage 0 of 400 and more, at 4.6%
+    for k in range(17, 25):
+        (root / f"{k}.png").write_text("broken")
+    for k in range(100):
+        both[k]
+    next(batches(both, 50, seed=0))
+    assert counts(both)["images unreadable, skipped"] >= 23
     for k in range(52, 67):
         (root / f"{k}.png").write_text("broken")
     in_order = open_data(str(root), "train", 16)

@@ -814,3 +814,37 @@ def test_processes_that_see_different_checkpoints(trained, folder, tmp_path, mon
     monkeypatch.setattr(Processes, "gather", lambda self, x: [x, 400] if isinstance(x, int) else [x])
     with pytest.raises(UserError, match="must be one folder for all"):
         train.run(options(folder, tmp_path / "run", 1))
+
+
+def test_broken_images_are_no_full_disk(trained, tmp_path, monkeypatch):
+    """Stage 0 measures its latents by the first 128 images: it reads them before it trains."""
+    root = write_phantoms(tmp_path / "images", 60, 4)
+    for k in range(4):
+        (root / f"train-{k}.png").write_bytes(b"junk")
+    with pytest.raises(UserError, match="images unreadable") as found:
+        train.run(options(root, tmp_path / "run", 0))
+    assert "disk full" not in str(found.value) and not (tmp_path / "run" / "stage0.pt").exists()
+
+
+def test_nothing_is_called_saved_before_the_first_step(trained, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    trainer = begun(tmp_path / "data", tmp_path / "run", 1, 0, trained[0])
+    for file in (tmp_path / "data").glob("train-*.png"):
+        file.write_bytes(b"junk")
+    with pytest.raises(UserError, match="broken.*nothing is saved yet"):
+        trainer.fit()
+
+
+def test_an_image_repaired_while_both_branches_train(trained, folder, tmp_path):
+    """Its report would be that of the image which had replaced it."""
+    shutil.copytree(folder, tmp_path / "data")
+    data = train.open_data(str(tmp_path / "data"), "train", 64)
+    file = tmp_path / "data" / data.items[3].path
+    whole = file.read_bytes()
+    file.write_bytes(b"junk")
+    made = LatentCache(data, 8, tmp_path, train.open_data(str(tmp_path / "data"), "train", 96))
+    made.fill(UniX.load(trained[0]), None, Processes(), 0, False)
+    assert made[3]["report"] == data.text(4)[0]
+    file.write_bytes(whole)
+    with pytest.raises(UserError, match="image 3 .* was repaired since"):
+        made.fetch(3)
