@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,13 @@ from unix import UniX, load_rad_dino, load_vae, read_safetensors
 def folder(tmp_path_factory):
     """A plain data folder of 24 small phantoms."""
     return write_phantoms(tmp_path_factory.mktemp("images"), 16, 8)
+
+
+@pytest.fixture(autouse=True)
+def few_sheets(request, monkeypatch):
+    """A sheet takes a second or more; only the tests of sheets and of long texts write them."""
+    if not re.search("sheet|longer", request.node.name):
+        monkeypatch.setattr(Trainer, "write_sheet", lambda self: None)
 
 
 def options(folder, out, stage, **more) -> Options:
